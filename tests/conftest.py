@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by all tests: an unbuilt tree says in one line what to type; tests that need a GPU skip where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+try:
+    import curvlab
+    import torch
+except ImportError as error:
+    pytest.exit(str(error), returncode=4)
+
+
+def pytest_report_header() -> str:
+    return f"curvlab {curvlab.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
