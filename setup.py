@@ -199,4 +199,6 @@ setup(
     cmdclass={"build_ext": Build},
     setup_requires=build_requirements,
     install_requires=[f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*", *RUNTIME],
+    # One build folder per torch: else a module left by another torch's build would ride along in the wheel.
+    options={"build": {"build_base": f"build/torch-{torch.__version__}"}},
 )
