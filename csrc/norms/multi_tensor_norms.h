@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// multi_tensor_norms: for every tensor x_t of a list, with its reference r_t, and for the whole list as one vector,
+//   l1 = sum |x_i|,  l2 = sqrt(sum x_i^2),  linf = max |x_i|,  nonzeros = #{i : x_i != 0} (a NaN counts),
+//   distance = sqrt(sum (x_i - r_i)^2),  inner = sum x_i r_i,  reference_l2 = sqrt(sum r_i^2).
+// out: float64 [T + 1, 7], the columns in that order, the last row global. An empty tensor has zeros.
+// Products of two floats are exact in double, so float inputs err only in the accumulation, which is in double.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/hd.h"
+#include "norms/elements.h"
+
+namespace curvlab::norms {
+
+enum Column { kL1, kL2, kLinf, kNonzeros, kDistance, kInner, kReferenceL2, kColumns };
+
+// What to compute; columns left out are NaN.
+enum class NormMode : std::int32_t { kNorms = 0, kWithReference = 1, kL2Only = 2 };
+
+struct NormEntry {
+  const void* x;
+  const void* reference;  // null without a reference
+  std::int64_t numel;
+  std::uint32_t first_chunk;  // index of this tensor's first chunk in the whole list
+  std::int32_t type;          // ElementType
+};
+static_assert(sizeof(NormEntry) == 32, "1000 entries must fit the 32,764 bytes of kernel parameters");
+
+constexpr int kSmallTable = 96;    // entries of the smaller parameter block: 3 KB are copied per launch, not 32
+constexpr int kLargeTable = 1000;  // entries that fit into the parameters of one launch
+constexpr std::int64_t kCudaChunkBytes = 64 * 1024;
+
+CURVLAB_HD std::int64_t chunk_count(const NormEntry& entry, std::int64_t chunk_bytes) {
+  const std::int64_t elements = chunk_bytes / element_size(entry.type);
+  return (entry.numel + elements - 1) / elements;
+}
+
+// Fills first_chunk of every entry; returns the number of chunks, or -1 if they do not fit 32 bits.
+inline std::int64_t assign_chunks(NormEntry* entries, std::int64_t tensors, std::int64_t chunk_bytes) {
+  std::int64_t chunks = 0;
+  for (std::int64_t t = 0; t < tensors; ++t) {
+    if (chunks > INT64_C(0xffffffff)) return -1;
+    entries[t].first_chunk = static_cast<std::uint32_t>(chunks);
+    chunks += chunk_count(entries[t], chunk_bytes);
+  }
+  return chunks > INT64_C(0xffffffff) ? -1 : chunks;
+}
+
+// Running sums over one tensor or a part of it. Wide is double or a vector of doubles, Narrow what the elements are
+// held in (float or double, or a vector of them), Count an integer of the same lanes.
+template <class Wide, class Narrow, class Count>
+struct RunningSums {
+  Wide l1{}, l2{}, distance{}, inner{}, reference{};
+  Narrow linf{};
+  Count nonzeros{};
+};
+
+CURVLAB_HD double widen(float value) { return value; }
+CURVLAB_HD double widen(double value) { return value; }
+CURVLAB_HD float magnitude(float value) { return fabsf(value); }
+CURVLAB_HD double magnitude(double value) { return fabs(value); }
+CURVLAB_HD void count_nonzeros(int& count, float value) { count += value != 0.0f; }
+CURVLAB_HD void count_nonzeros(int& count, double value) { count += value != 0.0; }
+
+// The accumulation step. linf drops a NaN here; l1, a sum of terms >= 0, is NaN exactly if some x is, and
+// keep_nan() below uses that: one comparison a chunk instead of one an element.
+template <NormMode mode, class Wide, class Narrow, class Count>
+CURVLAB_HD void accumulate(RunningSums<Wide, Narrow, Count>& sums, Narrow x, Narrow reference) {
+  const Wide wide = widen(x);
+  sums.l2 += wide * wide;
+  if constexpr (mode != NormMode::kL2Only) {
+    const Narrow size = magnitude(x);
+    sums.l1 += widen(size);
+    sums.linf = size > sums.linf ? size : sums.linf;
+    count_nonzeros(sums.nonzeros, x);
+  }
+  if constexpr (mode == NormMode::kWithReference) {
+    const Wide wide_reference = widen(reference);
+    const Wide difference = wide - wide_reference;
+    sums.distance += difference * difference;
+    sums.inner += wide * wide_reference;
+    sums.reference += wide_reference * wide_reference;
+  }
+}
+
+CURVLAB_HD double keep_nan(double linf, double l1) { return l1 != l1 ? l1 : linf; }
+
+CURVLAB_HD double max_keep_nan(double a, double b) { return a > b || a != a ? a : b; }
+
+// A sum with its rounding errors beside it (Knuth's two-sum): the error of 1e5 chunks stays near one unit in the last
+// place, in a fixed order.
+struct CompensatedSum {
+  double sum = 0.0;
+  double error = 0.0;
+  CURVLAB_HD void add(double value) {
+    const double total = sum + value;
+    const double part = total - sum;
+    error += (sum - (total - part)) + (value - part);
+    sum = total;
+  }
+  // An infinite sum has error Inf - Inf = NaN: then the sum itself is the answer.
+  CURVLAB_HD double value() const { return sum - sum == 0.0 ? sum + error : sum; }
+};
+
+// Adds rows of partial sums (squares in the columns of l2, distance and reference_l2).
+struct ColumnSums {
+  CompensatedSum sums[kColumns];
+  double linf = 0.0;
+  template <class Row>
+  CURVLAB_HD void add(const Row& row) {
+    for (int column = 0; column < kColumns; ++column)
+      if (column != kLinf) sums[column].add(row(column));
+    linf = max_keep_nan(row(kLinf), linf);
+  }
+  CURVLAB_HD double value(int column) const { return column == kLinf ? linf : sums[column].value(); }
+};
+
+CURVLAB_HD bool is_computed(NormMode mode, int column) {
+  if (mode == NormMode::kL2Only) return column == kL2;
+  return mode == NormMode::kWithReference || column <= kNonzeros;
+}
+
+// From a column's sum to the value of `out`.
+CURVLAB_HD double finish(NormMode mode, int column, double sum) {
+  if (!is_computed(mode, column)) return static_cast<double>(NAN);
+  return column == kL2 || column == kDistance || column == kReferenceL2 ? sqrt(sum) : sum;
+}
+
+}  // namespace curvlab::norms
