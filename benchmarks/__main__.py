@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks NAME [--threads 1] [--quick] [--json FILE]``: print a benchmark's table, write its rows."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks import harness
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def names() -> list[str]:
+    """The benchmarks there are."""
+    return sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
+
+
+def load(name: str) -> ModuleType:
+    """The module of benchmark ``name``."""
+    return importlib.import_module(f"benchmarks.bench_{name}")
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+
+def print_table(title: str, rows: list[dict[str, Any]], *, settings: str) -> None:
+    """One line a peer: medians of processor time, wall times beside them, the machine's limit where there is one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption=settings, title_justify="left", caption_justify="left")
+    table.add_column("case", overflow="fold")
+    table.add_column("peer", overflow="fold")
+    for column in ("ours ms", "peer ms", "ratio", "wall ms", "peer", "ratio", "limit ms", "x limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    last = None
+    for row in rows:
+        limit = ("", "") if row["limit_ms"] is None else (_figure(row["limit_ms"]), f"{row['times_limit']:.2f}")
+        table.add_row(
+            "" if row["case"] == last else row["case"],
+            row["peer"],
+            *(_figure(row[key]) for key in ("ours_ms", "peer_ms")),
+            f"[bold]{row['ratio']:.2f}[/bold]",
+            *(_figure(row[key]) for key in ("ours_wall_ms", "peer_wall_ms")),
+            f"{row['wall_ratio']:.2f}",
+            *limit,
+        )
+        last = row["case"]
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    for name, limit in {row["case"]: row["limit"] for row in rows if row["limit"]}.items():
+        print(f"limit of '{name}': {limit}")
+    for name, note in {row["case"]: row["note"] for row in rows if row["note"]}.items():
+        print(f"note on '{name}': {note}")
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` to ``path``, whole or not at all."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        json.dump(rows, file, indent=1)
+    os.replace(scratch, path)
+
+
+def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the cases of benchmark ``name`` and print their table."""
+    module = load(name)
+    rounds, seconds = (7, 0.05) if options.quick else (25, 0.2)
+    rows: list[dict[str, Any]] = []
+    for case in module.cases(quick=options.quick):
+        if sys.stderr.isatty():
+            print(f"\r{name}: {case.name} …\033[K", end="", file=sys.stderr, flush=True)
+        for row in harness.measure(case, rounds=rounds, seconds=seconds):
+            rows.append({"benchmark": name, "threads": options.threads, **row})
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    settings = (
+        f"{options.threads} thread(s); medians of {rounds} rounds, engines alternating in one process; ours/peer/limit ms: "
+        f"processor time a call, wall ms: wall time; ratio = peer / ours\nallocator: {harness.allocator_settings()}"
+    )
+    print_table(module.TITLE, rows, settings=settings)
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="python -m benchmarks", description="Compare curvlab with its peers.")
+    found.add_argument("name", choices=[*names(), "all"], help="which comparison")
+    found.add_argument("--threads", type=int, default=1, help="threads of every engine (default 1)")
+    found.add_argument("--quick", action="store_true", help="fewer rounds and sizes; ends within 5 minutes")
+    found.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    return found
+
+
+def main() -> int:
+    """Run one benchmark, or all."""
+    options = parser().parse_args()
+    if options.threads < 1:
+        parser().error(f"--threads must be at least 1, got {options.threads}")
+    if options.json and not options.json.parent.is_dir():
+        parser().error(f"--json: there is no folder {options.json.parent}")
+    try:
+        import curvlab  # noqa: F401
+        import torch
+    except ImportError as error:
+        sys.exit(str(error))
+    harness.keep_pages()
+    torch.set_num_threads(options.threads)
+    rows = [row for name in (names() if options.name == "all" else [options.name]) for row in run(name, options)]
+    if options.json:
+        write_json(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

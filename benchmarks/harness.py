@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the comparisons are timed.
+
+The engines of a case alternate within one process, in a new order every round, so that a busy machine, a warm cache or a
+sinking clock meets them all alike. Reported are medians over rounds of processor time per call (summed over threads; at
+one thread the headline) with wall time beside them. Ratios are peer / ours of medians: above 1, ours is faster.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Engine = Callable[[], Any]
+
+# glibc hands fresh, zeroed pages to every large result by default, which hides everything else (a 32 MiB relu: 16 ms
+# with them, 3 ms without). With these, freed pages are kept: the fairer setting to peers that allocate results.
+KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: ``ours`` against each of ``peers``; ``limit`` is a floor of the machine, not a competitor."""
+
+    name: str
+    ours: Engine
+    peers: Mapping[str, Engine]
+    limit: Engine | None = None
+    limit_name: str = ""
+    note: str = ""
+
+
+@dataclass
+class Timing:
+    """Seconds per call of one engine, one entry a round."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    @property
+    def cpu_ms(self) -> float:
+        """Median processor time per call in milliseconds."""
+        return 1e3 * statistics.median(self.cpu)
+
+    @property
+    def wall_ms(self) -> float:
+        """Median wall time per call in milliseconds."""
+        return 1e3 * statistics.median(self.wall)
+
+
+def keep_pages() -> None:
+    """Start this process again under ``KEPT_PAGES``, unless the user has set the allocator."""
+    if any(name in os.environ for name in KEPT_PAGES) or not sys.platform.startswith("linux"):
+        return
+    arguments = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
+    os.execve(sys.executable, arguments, {**os.environ, **KEPT_PAGES})
+
+
+def allocator_settings() -> str:
+    """The allocator settings in force, for the heading of a table."""
+    found = [f"{name}={os.environ[name]}" for name in KEPT_PAGES if name in os.environ]
+    return ", ".join(found) or "the C library's defaults (large results get fresh pages)"
+
+
+def _calls_per_round(engine: Engine, *, seconds: float) -> int:
+    engine()
+    start = time.perf_counter()
+    engine()
+    once = max(time.perf_counter() - start, 1e-7)
+    return max(1, round(seconds / once))
+
+
+def alternate(engines: Mapping[str, Engine], *, rounds: int, seconds: float, seed: int = 0) -> dict[str, Timing]:
+    """Time ``engines`` in turns.
+
+    Args:
+        engines: what to call, by name.
+        rounds: how often each is timed; the medians are over rounds.
+        seconds: how long one engine is called in one round, about (at least one call).
+        seed: of the order within each round.
+
+    Returns:
+        Timings by name.
+    """
+    calls = {name: _calls_per_round(engine, seconds=seconds) for name, engine in engines.items()}
+    timings = {name: Timing() for name in engines}
+    order, shuffle = list(engines), random.Random(seed)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            engine, count = engines[name], calls[name]
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                engine()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            timings[name].cpu.append(cpu / count)
+            timings[name].wall.append(wall / count)
+    return timings
+
+
+def measure(case: Case, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Rows ``{case, ours_ms, peer, peer_ms, ratio, …}``, one a peer; times are processor milliseconds a call."""
+    engines: dict[str, Engine] = {"ours": case.ours, **{f"peer {name}": peer for name, peer in case.peers.items()}}
+    if case.limit:
+        engines["limit"] = case.limit
+    timings = alternate(engines, rounds=rounds, seconds=seconds)
+    ours, limit = timings["ours"], timings.get("limit")
+    return [
+        {
+            "case": case.name,
+            "ours_ms": ours.cpu_ms,
+            "peer": name,
+            "peer_ms": timings[f"peer {name}"].cpu_ms,
+            "ratio": timings[f"peer {name}"].cpu_ms / ours.cpu_ms,
+            "ours_wall_ms": ours.wall_ms,
+            "peer_wall_ms": timings[f"peer {name}"].wall_ms,
+            "wall_ratio": timings[f"peer {name}"].wall_ms / ours.wall_ms,
+            "limit": case.limit_name or None,
+            "limit_ms": limit.cpu_ms if limit else None,
+            "times_limit": ours.cpu_ms / limit.cpu_ms if limit else None,
+            "rounds": rounds,
+            "note": case.note,
+        }
+        for name in case.peers
+    ]
