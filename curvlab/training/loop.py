@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: momentum SGD on device-resident data, one learning rate an epoch, no host synchronization a step.
+
+    v <- momentum v + g,   theta <- theta - lr_e v,   g = gradient of the batch-mean cross-entropy
+    lr_e = lr/2 (1 + cos(pi e / epochs)),  e = 0 .. epochs-1      (schedule "cosine"; "constant": lr_e = lr)
+
+No dampening, no Nesterov, no weight decay; every epoch is a fresh permutation drawn from the stream "order" of the
+seed, and the last partial batch is kept.  ``drive`` runs epochs, rows, checkpoints and callbacks for any engine;
+:class:`PlainEngine` is the reference (autograd and ``torch.optim.SGD``), ``grouped.py`` holds the fast one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab.data import Dataset
+from curvlab.training import seeding
+from curvlab.training.callbacks import Callbacks, CallbackSource, TrainState
+from curvlab.training.checkpoint import CheckpointFile
+
+__all__ = ["GroupResult", "PlainEngine", "Recipe", "TrainResult", "drive", "evaluate", "train"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: everything that changes the result besides network, data and seed.
+
+    Raises:
+        ValueError: epochs or batch_size below one, lr not positive and finite, momentum outside [0, 1), an unknown
+            schedule.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.9
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Recipe: {name} must be an int of at least 1, got {value!r}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"Recipe: lr must be positive and finite, got {self.lr!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"Recipe: momentum must be in [0, 1), got {self.momentum!r}")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"Recipe: schedule must be 'cosine' or 'constant', got {self.schedule!r}")
+
+    def learning_rate(self, epoch: int) -> float:
+        """lr of epoch e = 0 .. epochs-1 (``CosineAnnealingLR`` stepped once an epoch, to 0 after the last)."""
+        if self.schedule == "constant":
+            return self.lr
+        return 0.5 * self.lr * (1.0 + math.cos(math.pi * epoch / self.epochs))
+
+    def steps_per_epoch(self, num_train: int) -> int:
+        """Updates an epoch: ceil(num_train / batch_size)."""
+        return -(-num_train // self.batch_size)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run reports.
+
+    Attributes:
+        history: one row an epoch: ``{seed, epoch, step, train_loss, train_accuracy}``.  Loss (mean cross-entropy, nats)
+            and accuracy (share in 0..1) are the running ones: measured on each batch before its update.
+        diverged: an epoch's loss was NaN or infinite; training stopped there.
+        engine: which engine ran.
+        seconds: wall time of this call.
+    """
+
+    history: list[dict[str, Any]]
+    diverged: bool
+    engine: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """What a group reports: as :class:`TrainResult`, the rows of all networks together.
+
+    Attributes:
+        history: rows ``{seed, epoch, step, train_loss, train_accuracy}``, epoch by epoch, in the order of the seeds;
+            a network that diverged has no rows after that epoch.
+        diverged: one flag a network, in the order of the seeds.
+        engine: "grouped" or "one-by-one", and why.
+        seconds: wall time of this call, all networks together.
+    """
+
+    history: list[dict[str, Any]]
+    diverged: tuple[bool, ...]
+    engine: str
+    seconds: float
+
+
+class Engine(Protocol):
+    """A way to run one epoch of S networks.  ``drive`` does everything around it."""
+
+    name: str
+    states: list[TrainState]
+
+    def epoch(self, orders: Tensor, lr: float, on_step: Callable[[TrainState], None] | None) -> tuple[Tensor, Tensor]:
+        """Train on ``orders [S, N]`` (indices on the data's device); returns summed loss and correct count, each [S]."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, buffers and optimizer state by name, to be written to a checkpoint."""
+        ...
+
+    def load_tensors(self, saved: dict[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` gave."""
+        ...
+
+    def finish(self) -> None:
+        """Leave the models as ordinary modules."""
+        ...
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 2048) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and accuracy (share in 0..1) of ``model`` in eval mode on ``x [N, ...]``, ``y [N]``.
+
+    Sums are float64, one host synchronization in all; the model's train/eval mode is restored.
+
+    Raises:
+        ValueError: no samples, or x and y of different length.
+    """
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(f"evaluate: x and y must hold the same number of samples, at least 1, got {len(x)} and {len(y)}")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    correct = torch.zeros((), dtype=torch.int64, device=x.device)
+    try:
+        for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            logits = model(images)
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return loss.item() / len(x), correct.item() / len(x)
+
+
+class PlainEngine:
+    """Autograd and ``torch.optim.SGD``, one network after the other: any model, and the reference for faster engines."""
+
+    def __init__(self, models: Sequence[nn.Module], data: Dataset, recipe: Recipe, *, seeds: Sequence[int]) -> None:
+        self.name = "one-by-one"
+        self.data, self.recipe = data, recipe
+        self.states = [
+            TrainState(model, list(model.parameters()), seed, index)
+            for index, (model, seed) in enumerate(zip(models, seeds, strict=True))
+        ]
+        # fused: one pass over parameter, momentum and gradient (foreach makes three); CPU and CUDA both have it.
+        self.optimizers = [
+            torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, fused=True) for model in models
+        ]
+
+    def epoch(self, orders: Tensor, lr: float, on_step: Callable[[TrainState], None] | None) -> tuple[Tensor, Tensor]:
+        """One epoch of every network; see :class:`Engine`."""
+        sums = [self._epoch_of(state, order, lr, on_step) for state, order in zip(self.states, orders, strict=True)]
+        return torch.stack([loss for loss, _ in sums]), torch.stack([correct for _, correct in sums])
+
+    def _epoch_of(
+        self, state: TrainState, order: Tensor, lr: float, on_step: Callable[[TrainState], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        x, y, optimizer = self.data.train_x, self.data.train_y, self.optimizers[state.index]
+        loss_sum = torch.zeros((), dtype=torch.float64, device=x.device)
+        correct = torch.zeros((), dtype=torch.int64, device=x.device)
+        optimizer.param_groups[0]["lr"] = lr
+        state.model.train()
+        for rows in order.split(self.recipe.batch_size):
+            images, labels = x[rows], y[rows]
+            logits = state.model(images)
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                loss_sum += loss.detach() * len(rows)
+                correct += (logits.argmax(1) == labels).sum()
+            state.step += 1
+            state.lr = lr
+            if on_step is not None:
+                on_step(state)
+        return loss_sum, correct
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Model state, momentum buffers, and the global random state (dropout draws from it)."""
+        out: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+        if self.data.train_x.is_cuda:
+            out["rng.cuda"] = torch.cuda.get_rng_state(self.data.train_x.device)
+        for s, (state, optimizer) in enumerate(zip(self.states, self.optimizers, strict=True)):
+            out.update({f"{s}.model.{name}": value for name, value in state.model.state_dict().items()})
+            for i, param in enumerate(state.params):
+                buffer = optimizer.state[param].get("momentum_buffer")
+                if buffer is not None:
+                    out[f"{s}.momentum.{i}"] = buffer
+        return out
+
+    def load_tensors(self, saved: dict[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` gave."""
+        torch.set_rng_state(saved["rng.cpu"])
+        if self.data.train_x.is_cuda and "rng.cuda" in saved:
+            torch.cuda.set_rng_state(saved["rng.cuda"], self.data.train_x.device)
+        for s, (state, optimizer) in enumerate(zip(self.states, self.optimizers, strict=True)):
+            prefix = f"{s}.model."
+            state.model.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
+            for i, param in enumerate(state.params):
+                if f"{s}.momentum.{i}" in saved:
+                    optimizer.state[param]["momentum_buffer"] = saved[f"{s}.momentum.{i}"].to(param.device).clone()
+
+    def finish(self) -> None:
+        """Drop the last gradients: they would keep a second copy of the network alive."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    callbacks: Sequence[object] = (),
+    checkpoint: CheckpointFile | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train ``model`` in place on ``data.train_x [N, ...]``, ``data.train_y [N]`` by the plain engine.
+
+    Args:
+        model: any module that maps a batch of inputs to logits ``[B, C]``; on the data's device.
+        data: device-resident data set.
+        recipe: epochs, batch size, learning rate, momentum, schedule.
+        seed: names the order of the samples (stream "order"); the initial network is the caller's.
+        callbacks: objects with ``on_start``, ``on_step``, ``on_epoch``, ``on_end`` (each optional).
+        checkpoint: where to save at epoch ends and resume from; a resumed run ends with the same bits.
+        progress: called as ``progress(epochs_done, epochs)``.
+
+    Raises:
+        ValueError: model without parameters or on another device than the data, empty data, a checkpoint of another run.
+    """
+    check_inputs("train", [model], data, [seed])
+    engine = PlainEngine([model], data, recipe, seeds=[seed])
+    result = drive(engine, data, recipe, callbacks=callbacks, checkpoint=checkpoint, progress=progress)
+    return TrainResult(result.history, result.diverged[0], "plain", result.seconds)
+
+
+def check_inputs(owner: str, models: Sequence[nn.Module], data: Dataset, seeds: Sequence[int]) -> None:
+    """Refuse what cannot train, before anything is changed."""
+    if not models:
+        raise ValueError(f"{owner}: models must hold at least one network, got none")
+    if len(models) != len(seeds):
+        raise ValueError(f"{owner}: seeds must be one per network ({len(models)}), got {len(seeds)}")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"{owner}: seeds must differ from each other, got {list(seeds)}")
+    if len({id(model) for model in models}) != len(models):
+        raise ValueError(f"{owner}: models must be different objects, got the same one twice")
+    if len(data.train_x) == 0:
+        raise ValueError(f"{owner}: data must hold training samples, got none")
+    for model in models:
+        params = list(model.parameters())
+        if not params:
+            raise ValueError(f"{owner}: model must have parameters, got none")
+        for param in params:
+            if param.device != data.train_x.device:
+                raise ValueError(f"{owner}: model must be on the data's device {data.train_x.device}, got {param.device}")
+            if param.dtype != data.train_x.dtype:
+                raise ValueError(f"{owner}: model must have the data's dtype {data.train_x.dtype}, got {param.dtype}")
+
+
+def drive(
+    engine: Engine,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    callbacks: CallbackSource = (),
+    checkpoint: CheckpointFile | None = None,
+    progress: Progress | None = None,
+) -> GroupResult:
+    """Run ``engine`` to the end of the recipe: orders, rates, rows, callbacks, checkpoints, divergence."""
+    began = time.perf_counter()
+    states, device = engine.states, data.train_x.device
+    watchers = Callbacks(callbacks, states)
+    generators = [seeding.generator(state.seed, "order") for state in states]
+    identity = _identity(engine, data, recipe)
+    history: list[dict[str, Any]] = []
+    for state in states:
+        # Before the checkpoint is read, so that a recorder of movement sees the initial network also on resume.
+        watchers.fire("on_start", state)
+    if checkpoint is not None:
+        history = _resume(checkpoint, identity, engine, watchers, generators)
+    on_step = (lambda state: watchers.fire("on_step", state)) if watchers.watches_steps else None
+    done = states[0].epoch
+    if progress is not None:
+        progress(done, recipe.epochs)
+    for epoch in range(done, recipe.epochs):
+        if all(state.diverged for state in states):
+            break
+        num = len(data.train_x)
+        orders = torch.stack([torch.randperm(num, generator=g) for g in generators]).to(device)
+        loss_sum, correct = engine.epoch(orders, recipe.learning_rate(epoch), on_step)
+        # The only host synchronization of the epoch.
+        for state, loss, hits in zip(states, loss_sum.tolist(), correct.tolist(), strict=True):
+            _close_epoch(state, epoch + 1, loss / num, hits / num, history)
+        for state in states:
+            watchers.fire("on_epoch", state)
+        if checkpoint is not None and checkpoint.due():
+            _save(checkpoint, identity, engine, watchers, generators, history)
+        if progress is not None:
+            progress(epoch + 1, recipe.epochs)
+    engine.finish()
+    for state in states:
+        watchers.fire("on_end", state)
+    return GroupResult(
+        history, tuple(state.diverged for state in states), engine.name, time.perf_counter() - began
+    )
+
+
+def _close_epoch(state: TrainState, epoch: int, loss: float, accuracy: float, history: list[dict[str, Any]]) -> None:
+    state.epoch = epoch
+    if state.diverged:
+        return
+    row = {"seed": state.seed, "epoch": epoch, "step": state.step, "train_loss": loss, "train_accuracy": accuracy}
+    state.history.append(row)
+    history.append(row)
+    state.diverged = not math.isfinite(loss)
+
+
+def _identity(engine: Engine, data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """What a checkpoint must agree in to be resumed: a resumed run may not silently be another run."""
+    return {
+        "engine": engine.name,
+        "recipe": asdict(recipe),
+        "seeds": [state.seed for state in engine.states],
+        "shapes": [[list(param.shape) for param in state.params] for state in engine.states],
+        "dtype": str(data.train_x.dtype),
+        "data": f"{data.name} {data.fingerprint} {len(data.train_x)}",
+    }
+
+
+def _save(
+    checkpoint: CheckpointFile,
+    identity: dict[str, Any],
+    engine: Engine,
+    watchers: Callbacks,
+    generators: Sequence[torch.Generator],
+    history: list[dict[str, Any]],
+) -> None:
+    tensors = engine.tensors() | {f"order.{i}": g.get_state() for i, g in enumerate(generators)}
+    header = {
+        "identity": identity,
+        "epoch": engine.states[0].epoch,
+        "step": [state.step for state in engine.states],
+        "diverged": [state.diverged for state in engine.states],
+        "history": history,
+        "callbacks": watchers.state_dict(),
+    }
+    checkpoint.save(tensors, header)
+
+
+def _resume(
+    checkpoint: CheckpointFile,
+    identity: dict[str, Any],
+    engine: Engine,
+    watchers: Callbacks,
+    generators: Sequence[torch.Generator],
+) -> list[dict[str, Any]]:
+    loaded = checkpoint.load()
+    if loaded is None:
+        return []
+    tensors, header = loaded
+    for key, expected in identity.items():
+        got = header["identity"].get(key)
+        if got != expected:
+            raise ValueError(
+                f"train: checkpoint {checkpoint.path} is of another run: {key} must be {expected}, got {got}; "
+                "delete the file or name another one"
+            )
+    for i, g in enumerate(generators):
+        g.set_state(tensors.pop(f"order.{i}"))
+    engine.load_tensors(tensors)
+    watchers.load_state_dict(header["callbacks"])
+    for state, step, diverged in zip(engine.states, header["step"], header["diverged"], strict=True):
+        state.epoch, state.step, state.diverged = header["epoch"], step, diverged
+        state.history.extend(row for row in header["history"] if row["seed"] == state.seed)
+    return list(header["history"])
