@@ -59,56 +59,56 @@ simt_switch_stack:
 namespace simt {
 
 class Context {
-public:
+ public:
 #ifdef SIMT_ASM_SWITCH
-    // `stagger` moves the tops of neighboring stacks to different cache sets: equal ones make every switch miss.
-    void prepare(char* stack, size_t bytes, unsigned stagger, void (*entry)()) {
-        void** top = reinterpret_cast<void**>(stack + bytes - (stagger % 64) * 128) - 2;
-        top[0] = reinterpret_cast<void*>(entry);  // once this is popped, rsp % 16 == 8, as after a call
-        top[1] = nullptr;
-        sp_ = top - 6;  // the six saved registers, whatever they hold
-    }
-    static void swap(Context& from, Context& to) { simt_switch_stack(&from.sp_, to.sp_); }
+  // `stagger` moves the tops of neighboring stacks to different cache sets: equal ones make every switch miss.
+  void prepare(char* stack, size_t bytes, unsigned stagger, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack + bytes - (stagger % 64) * 128) - 2;
+    top[0] = reinterpret_cast<void*>(entry);  // once this is popped, rsp % 16 == 8, as after a call
+    top[1] = nullptr;
+    sp_ = top - 6;  // the six saved registers, whatever they hold
+  }
+  static void swap(Context& from, Context& to) { simt_switch_stack(&from.sp_, to.sp_); }
 
-private:
-    void* sp_ = nullptr;
+ private:
+  void* sp_ = nullptr;
 #else
-    void prepare(char* stack, size_t bytes, unsigned, void (*entry)()) {
-        getcontext(&uc_);
-        uc_.uc_stack.ss_sp = stack;
-        uc_.uc_stack.ss_size = bytes;
-        uc_.uc_link = nullptr;
-        makecontext(&uc_, entry, 0);
-    }
-    static void swap(Context& from, Context& to) { swapcontext(&from.uc_, &to.uc_); }
+  void prepare(char* stack, size_t bytes, unsigned, void (*entry)()) {
+    getcontext(&uc_);
+    uc_.uc_stack.ss_sp = stack;
+    uc_.uc_stack.ss_size = bytes;
+    uc_.uc_link = nullptr;
+    makecontext(&uc_, entry, 0);
+  }
+  static void swap(Context& from, Context& to) { swapcontext(&from.uc_, &to.uc_); }
 
-private:
-    ucontext_t uc_;
+ private:
+  ucontext_t uc_;
 #endif
 };
 
 // Stacks are kept for the next launch. The lowest page of each is a guard: an overflow stops at once.
 class StackPool {
-public:
-    static constexpr size_t kBytes = 256 * 1024;  // a 32 KB kernel parameter and a deep call still fit
+ public:
+  static constexpr size_t kBytes = 256 * 1024;  // a 32 KB kernel parameter and a deep call still fit
 
-    char* at(size_t i) {
-        while (stacks_.size() <= i) stacks_.push_back(make());
-        return stacks_[i];
-    }
-    void forget_poison() {  // fibers that were left in the middle of a kernel leave ASan marks behind
-        for (char* s : stacks_) asan::unpoison(s, kBytes);
-    }
+  char* at(size_t i) {
+    while (stacks_.size() <= i) stacks_.push_back(make());
+    return stacks_[i];
+  }
+  void forget_poison() {  // fibers that were left in the middle of a kernel leave ASan marks behind
+    for (char* s : stacks_) asan::unpoison(s, kBytes);
+  }
 
-private:
-    static char* make() {
-        const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        void* p = mmap(nullptr, kBytes + page, PROT_READ | PROT_WRITE, flags, -1, 0);
-        if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0) throw std::bad_alloc();
-        return static_cast<char*>(p) + page;
-    }
-    std::vector<char*> stacks_;
+ private:
+  static char* make() {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* p = mmap(nullptr, kBytes + page, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0) throw std::bad_alloc();
+    return static_cast<char*>(p) + page;
+  }
+  std::vector<char*> stacks_;
 };
 
 }  // namespace simt

@@ -8,11 +8,9 @@
 #define __constant__ static const
 #define __managed__ static
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-#define __restrict__ __restrict
 
 // A plain __shared__ array would be one static array for all blocks: unpoisoned, unguarded, and invisible to the
 // checks between blocks. So it does not compile here, and the error says what to write.

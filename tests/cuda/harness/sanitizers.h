@@ -46,16 +46,16 @@ inline void release(const void* p) { __tsan_release(const_cast<void*>(p)); }
 inline void acquire(const void* p) { __tsan_acquire(const_cast<void*>(p)); }
 // The harness's own bookkeeping is not the kernel's: keep it out of race reports.
 struct Quiet {
-    Quiet() {
-        AnnotateIgnoreReadsBegin("", 0);
-        AnnotateIgnoreWritesBegin("", 0);
-    }
-    ~Quiet() {
-        AnnotateIgnoreWritesEnd("", 0);
-        AnnotateIgnoreReadsEnd("", 0);
-    }
-    Quiet(const Quiet&) = delete;
-    Quiet& operator=(const Quiet&) = delete;
+  Quiet() {
+    AnnotateIgnoreReadsBegin("", 0);
+    AnnotateIgnoreWritesBegin("", 0);
+  }
+  ~Quiet() {
+    AnnotateIgnoreWritesEnd("", 0);
+    AnnotateIgnoreReadsEnd("", 0);
+  }
+  Quiet(const Quiet&) = delete;
+  Quiet& operator=(const Quiet&) = delete;
 };
 #else
 inline constexpr bool kEnabled = false;
@@ -66,8 +66,8 @@ inline void switch_to(void*) {}
 inline void release(const void*) {}
 inline void acquire(const void*) {}
 struct Quiet {
-    Quiet() {}
-    ~Quiet() {}
+  Quiet() {}
+  ~Quiet() {}
 };
 #endif
 }  // namespace simt::tsan
@@ -76,10 +76,10 @@ namespace simt::asan {
 #ifdef SIMT_ASAN
 inline constexpr bool kEnabled = true;
 inline void start_switch(void** fake_stack, const void* bottom, size_t bytes) {
-    __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
+  __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
 }
 inline void finish_switch(void* fake_stack, const void** bottom, size_t* bytes) {
-    __sanitizer_finish_switch_fiber(fake_stack, bottom, bytes);
+  __sanitizer_finish_switch_fiber(fake_stack, bottom, bytes);
 }
 inline void poison(void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
 inline void unpoison(void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
