@@ -139,7 +139,7 @@ def _assemble(
     scale = 16.0 if name == "digits" else 255.0
 
     def pixels(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).float().div_(scale).sub_(mean).div_(std).to(device)
+        return torch.from_numpy(array.astype(np.float32)).div_(scale).sub_(mean).div_(std).to(device)
 
     def labels(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(device)
