@@ -59,7 +59,7 @@ def find_torch() -> ModuleType | None:
 
 
 def find_nvcc_home(torch: ModuleType) -> str | None:
-    """Toolkit folder of an nvcc of torch's CUDA major version; asks nvcc itself, as the one on PATH may be a wrapper."""
+    """Toolkit folder of an nvcc of torch's CUDA major; nvcc itself is asked, as the one on PATH may be a wrapper."""
     if WANT_CUDA == "0" or not torch.version.cuda:
         return None
     major = torch.version.cuda.split(".")[0]
@@ -82,8 +82,10 @@ def check_compiler() -> str:
     """First line of the C++ compiler's version; stops on one that cannot compile torch's C++20 headers."""
     compiler = os.environ.get("CXX", "c++").split()[0]
     try:
-        line = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-        version = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout
+        version, line = (
+            subprocess.run([compiler, *flags], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+            for flags in (["-dumpfullversion", "-dumpversion"], ["--version"])
+        )
     except (OSError, subprocess.CalledProcessError, IndexError):
         stop(
             f"no C++ compiler ({compiler!r} does not run).\n"

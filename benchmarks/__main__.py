@@ -73,18 +73,18 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
 def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the cases of benchmark ``name`` and print their table."""
     module = load(name)
-    rounds, seconds = (7, 0.05) if options.quick else (25, 0.2)
+    rounds, seconds, budget = (7, 0.05, 15.0) if options.quick else (25, 0.2, 90.0)
     rows: list[dict[str, Any]] = []
     for case in module.cases(quick=options.quick):
         if sys.stderr.isatty():
             print(f"\r{name}: {case.name} …\033[K", end="", file=sys.stderr, flush=True)
-        for row in harness.measure(case, rounds=rounds, seconds=seconds):
+        for row in harness.measure(case, rounds=rounds, seconds=seconds, budget=budget):
             rows.append({"benchmark": name, "threads": options.threads, **row})
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     settings = (
-        f"{options.threads} thread(s); medians of {rounds} rounds, engines alternating in one process; ours/peer/limit ms: "
-        f"processor time a call, wall ms: wall time; ratio = peer / ours\nallocator: {harness.allocator_settings()}"
+        f"{options.threads} thread(s); medians of up to {rounds} rounds, engines alternating in one process; "
+        f"ours/peer/limit ms: processor time a call, wall ms: wall time; ratio = peer / ours\nallocator: {harness.allocator_settings()}"
     )
     print_table(module.TITLE, rows, settings=settings)
     return rows
@@ -108,8 +108,9 @@ def main() -> int:
     if options.json and not options.json.parent.is_dir():
         parser().error(f"--json: there is no folder {options.json.parent}")
     try:
-        import curvlab  # noqa: F401
         import torch
+
+        import curvlab  # noqa: F401
     except ImportError as error:
         sys.exit(str(error))
     harness.keep_pages()

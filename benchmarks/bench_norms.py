@@ -136,5 +136,6 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from _list_cases("100 tensors of 100", [(100,)] * 100)
     yield _filter_case()
     if not quick:
-        yield from _list_cases("MLP of width 4096, 36.8 M", [(4096, 784), (4096,), *([(4096, 4096), (4096,)] * 2), (10, 4096), (10,)])
+        shapes = [(4096, 784), (4096,), *([(4096, 4096), (4096,)] * 2), (10, 4096), (10,)]
+        yield from _list_cases("MLP of width 4096, 36.8 M", shapes)
     yield _recorder_case()

@@ -26,7 +26,7 @@ from curvlab.training.loop import Recipe
 
 TITLE = "Training the networks of the NTK-width study (3 seeds a width)"
 SEEDS = (0, 1, 2)
-WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
+WIDTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SAMPLES = 5000
 
 

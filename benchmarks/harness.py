@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the comparisons are timed.
 
-The engines of a case alternate within one process, in a new order every round, so that a busy machine, a warm cache or a
-sinking clock meets them all alike. Reported are medians over rounds of processor time per call (summed over threads; at
+The engines of a case alternate within one process, in a new order every round, so that a busy machine, a warm cache or
+a sinking clock meets them all alike. Reported are medians over rounds of processor time per call (summed over threads; at
 one thread the headline) with wall time beside them. Ratios are peer / ours of medians: above 1, ours is faster.
 """
 
@@ -68,27 +68,31 @@ def allocator_settings() -> str:
     return ", ".join(found) or "the C library's defaults (large results get fresh pages)"
 
 
-def _calls_per_round(engine: Engine, *, seconds: float) -> int:
-    engine()
+def _seconds_per_call(engine: Engine) -> float:
+    engine()  # the first call allocates, and may build tables or compile
     start = time.perf_counter()
     engine()
-    once = max(time.perf_counter() - start, 1e-7)
-    return max(1, round(seconds / once))
+    return max(time.perf_counter() - start, 1e-7)
 
 
-def alternate(engines: Mapping[str, Engine], *, rounds: int, seconds: float, seed: int = 0) -> dict[str, Timing]:
+def alternate(
+    engines: Mapping[str, Engine], *, rounds: int, seconds: float, budget: float, seed: int = 0
+) -> dict[str, Timing]:
     """Time ``engines`` in turns.
 
     Args:
         engines: what to call, by name.
-        rounds: how often each is timed; the medians are over rounds.
+        rounds: how often each is timed, at most; the medians are over rounds.
         seconds: how long one engine is called in one round, about (at least one call).
+        budget: seconds for all rounds, about: slow engines get fewer rounds, but at least three.
         seed: of the order within each round.
 
     Returns:
         Timings by name.
     """
-    calls = {name: _calls_per_round(engine, seconds=seconds) for name, engine in engines.items()}
+    once = {name: _seconds_per_call(engine) for name, engine in engines.items()}
+    calls = {name: max(1, round(seconds / once[name])) for name in engines}
+    rounds = max(3, min(rounds, int(budget / sum(once[name] * calls[name] for name in engines))))
     timings = {name: Timing() for name in engines}
     order, shuffle = list(engines), random.Random(seed)
     for _ in range(rounds):
@@ -104,12 +108,12 @@ def alternate(engines: Mapping[str, Engine], *, rounds: int, seconds: float, see
     return timings
 
 
-def measure(case: Case, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def measure(case: Case, *, rounds: int, seconds: float, budget: float) -> list[dict[str, Any]]:
     """Rows ``{case, ours_ms, peer, peer_ms, ratio, …}``, one a peer; times are processor milliseconds a call."""
     engines: dict[str, Engine] = {"ours": case.ours, **{f"peer {name}": peer for name, peer in case.peers.items()}}
     if case.limit:
         engines["limit"] = case.limit
-    timings = alternate(engines, rounds=rounds, seconds=seconds)
+    timings = alternate(engines, rounds=rounds, seconds=seconds, budget=budget)
     ours, limit = timings["ours"], timings.get("limit")
     return [
         {
@@ -124,7 +128,7 @@ def measure(case: Case, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
             "limit": case.limit_name or None,
             "limit_ms": limit.cpu_ms if limit else None,
             "times_limit": ours.cpu_ms / limit.cpu_ms if limit else None,
-            "rounds": rounds,
+            "rounds": len(ours.cpu),
             "note": case.note,
         }
         for name in case.peers

@@ -19,7 +19,8 @@ def _engines() -> list[Any]:
             engines: dict[str, Engine] = {"ours": case.ours, **case.peers}
             if case.limit:
                 engines[f"limit: {case.limit_name}"] = case.limit
-            found += [pytest.param(f"{name}: {case.name}", run, id=f"{name}-{case.name}-{who}") for who, run in engines.items()]
+            group = f"{name}: {case.name}"
+            found += [pytest.param(group, run, id=f"{group}-{who}") for who, run in engines.items()]
     return found
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by all tests: an unbuilt tree says in one line what to type; tests that need a GPU skip where there is none."""
+"""Shared by all tests: an unbuilt tree says in one line what to type; GPU tests skip where there is none."""
 
 from __future__ import annotations
 
 import pytest
 
 try:
-    import curvlab
     import torch
+
+    import curvlab
 except ImportError as error:
     pytest.exit(str(error), returncode=4)
 

@@ -82,7 +82,9 @@ def violations(module: str, path: Path) -> list[str]:
     return bad
 
 
-@pytest.mark.parametrize(("module", "path"), python_modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("module", "path"), python_modules(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_imports_follow_the_house(module: str, path: Path) -> None:
     assert violations(module, path) == []
 
@@ -98,14 +100,16 @@ def test_a_wrong_arrow_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "curvlab" / "runs").rglob("*.py")), ids=lambda p: p.name)
 def test_runs_knows_no_networks(path: Path) -> None:
-    names = {n.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for n in node.names}
+    names = {
+        n.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for n in node.names
+    }
     names |= {node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
     assert not [name for name in names if name.split(".")[0] == "torch"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.[ch]*")), ids=lambda p: p.name)
 def test_csrc_families_stay_apart(path: Path) -> None:
-    """A family includes ATen, c10, the standard library, csrc/common and itself; kernels and launchers no torch header."""
+    """A family includes ATen, c10, csrc/common, the standard library and itself; kernels and launchers no torch."""
     includes = re.findall(r'^\s*#include\s+([<"][^>"]+)[>"]', path.read_text(), re.M)
     relative = path.relative_to(ROOT / "csrc")
     families = {folder.name for folder in (ROOT / "csrc").iterdir() if folder.is_dir() and folder.name != "common"}

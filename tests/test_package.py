@@ -11,8 +11,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import curvlab
 import pytest
+
+import curvlab
 from curvlab import _build, ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,9 @@ def test_the_root_of_a_checkout_runs_the_installed_build(tmp_path: Path, argumen
     site = site_without_curvlab(tmp_path / "site")
     shutil.copytree(BUILT, site / "curvlab", ignore=shutil.ignore_patterns("__pycache__"))
     tree = checkout(tmp_path / "tree")
-    where = run(tree, [site], "-c", "import sys; sys.path.insert(0, ''); import curvlab.ops; print(curvlab.ops.__file__)")
+    where = run(
+        tree, [site], "-c", "import sys; sys.path.insert(0, ''); import curvlab.ops; print(curvlab.ops.__file__)"
+    )
     assert where.stdout.strip().startswith(str(site)), where.stderr
     result = run(tree, [site], *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
