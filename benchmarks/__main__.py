@@ -84,7 +84,8 @@ def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         print("\r\033[K", end="", file=sys.stderr)
     settings = (
         f"{options.threads} thread(s); medians of up to {rounds} rounds, engines alternating in one process; "
-        f"ours/peer/limit ms: processor time a call, wall ms: wall time; ratio = peer / ours\nallocator: {harness.allocator_settings()}"
+        f"ours/peer/limit ms: processor time a call, wall ms: wall time; ratio = peer / ours\n"
+        f"allocator: {harness.allocator_settings()}"
     )
     print_table(module.TITLE, rows, settings=settings)
     return rows

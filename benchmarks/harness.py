@@ -2,8 +2,8 @@
 """How the comparisons are timed.
 
 The engines of a case alternate within one process, in a new order every round, so that a busy machine, a warm cache or
-a sinking clock meets them all alike. Reported are medians over rounds of processor time per call (summed over threads; at
-one thread the headline) with wall time beside them. Ratios are peer / ours of medians: above 1, ours is faster.
+a sinking clock meets them all alike. Reported are medians over rounds of processor time per call (summed over threads;
+at one thread the headline) with wall time beside them. Ratios are peer / ours of medians: above 1, ours is faster.
 """
 
 from __future__ import annotations
