@@ -57,6 +57,18 @@ class TsanFibers {
   std::vector<void*> retired_;
 };
 
+// After a fault: what the fibers did so far is over, although they never returned.
+SIMT_SWITCHES inline void abandon(Block& b) {
+  if (!tsan::kEnabled) return;
+  void* host = tsan::current();
+  for (Thread& t : b.threads)
+    if (t.tsan && t.state != State::returned) {
+      tsan::switch_to(t.tsan);
+      tsan::release(&b.launch_end);
+      tsan::switch_to(host);
+    }
+}
+
 inline void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes) {
   tsan::Quiet quiet;
   const unsigned num_threads = threads.x * threads.y * threads.z;
@@ -77,6 +89,7 @@ inline void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes) {
     block.memory = &memories.emplace_back(dynamic_bytes);
     const uint64_t first_stack = tsan::kEnabled ? run * num_threads : 0;
     block.run(num_threads, random, [&](unsigned i) { return stacks.at(first_stack + i); });
+    if (!block.failure.empty()) abandon(block);
     fibers.retire(block);
     ++run;
     if (!block.failure.empty()) break;
