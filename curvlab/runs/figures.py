@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from curvlab.runs.estimates import Estimate, geometric_mean_interval, mean_interval
 from curvlab.runs.journal import atomic_save, atomic_write
@@ -159,7 +160,7 @@ def plot_groups(
     intervals: Mapping[float, Estimate] | None = None,
     connect: bool = True,
 ) -> None:
-    """One series: per x every seed as a dot, the mean as a marker, its 95 % interval as a bar.
+    """One series: per x every seed as a dot beside the mean's marker, its 95 % interval as a bar.
 
     Args:
         axes: where.
@@ -176,7 +177,7 @@ def plot_groups(
     xs, means = list(shown), [e.value for e in shown.values()]
     axes.plot(xs, means, color=color, marker="", linestyle="-" if connect else "none", alpha=0.55, zorder=2)
     for x, values in groups.items():
-        axes.plot([x] * len(values), values, ".", color=color, alpha=0.5, markersize=5.5, markeredgewidth=0, zorder=3)
+        _plot_seeds(axes, x, values, color)
     held = {x: e for x, e in shown.items() if e.has_interval and np.isfinite([e.low, e.high]).all()}
     if held:
         lows = [max(0.0, e.value - e.low) for e in held.values()]
@@ -186,6 +187,14 @@ def plot_groups(
             list(held), centers, yerr=[lows, highs], fmt="none", ecolor=color, elinewidth=1.3, capsize=3, zorder=4
         )
     axes.plot(xs, means, marker=marker, linestyle="none", color=color, markersize=5.5, zorder=5, label=label or None)
+
+
+def _plot_seeds(axes: Axes, x: float, values: Sequence[float], color: str) -> None:
+    """Each seed a dot, fanned out to the right of its mean (7 to 13 points), where the mean's marker would hide it."""
+    for index, value in enumerate(values):
+        shift = 7 + (6 * index / (len(values) - 1) if len(values) > 1 else 0)
+        moved = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+        axes.plot([x], [value], ".", color=color, alpha=0.6, markersize=4, markeredgewidth=0, zorder=3, transform=moved)
 
 
 def plot_fit(
