@@ -161,6 +161,15 @@ class Build(BuildExtension):
                     include_dirs=ext.include_dirs,
                     extra_postargs={"cxx": [*CXX_FLAGS, *capability, *ISA_FLAGS[isa]], "nvcc": []},
                 )
+        kernels = [source for source in ext.sources if source.endswith(".cu")]
+        if kernels:  # <op>_cuda.cu and <op>_cuda.cpp: their objects would have one name in one folder
+            ext.sources = [source for source in ext.sources if source not in kernels]
+            ext.extra_objects += self.compiler.compile(
+                kernels,
+                output_dir=os.path.join(self.build_temp, "kernels"),
+                include_dirs=ext.include_dirs,
+                extra_postargs={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            )
         super().build_extension(ext)
 
 
