@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/compensated_sum.h"
 #include "common/hd.h"
 #include "norms/elements.h"
 
@@ -30,6 +31,8 @@ constexpr std::int64_t kLongRow = 8192;  // elements from which a row has a bloc
 CURVLAB_HD std::int64_t item_count(const FilterEntry& entry) {
   return entry.row_numel >= kLongRow ? entry.rows : (entry.rows + kRowsPerItem - 1) / kRowsPerItem;
 }
+
+CURVLAB_HD double square(double value) { return value * value; }
 
 // Fills first_row and first_item of every entry; returns the number of work items (a block's share each).
 inline std::int64_t assign_items(FilterEntry* entries, std::int64_t tensors) {

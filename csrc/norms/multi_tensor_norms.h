@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/compensated_sum.h"
 #include "common/hd.h"
 #include "norms/elements.h"
 
@@ -32,20 +33,26 @@ constexpr int kSmallTable = 96;    // entries of the smaller parameter block: 3 
 constexpr int kLargeTable = 1000;  // entries that fit into the parameters of one launch
 constexpr std::int64_t kCudaChunkBytes = 64 * 1024;
 
-CURVLAB_HD std::int64_t chunk_count(const NormEntry& entry, std::int64_t chunk_bytes) {
-  const std::int64_t elements = chunk_bytes / element_size(entry.type);
+CURVLAB_HD std::int64_t cuda_chunk_count(const NormEntry& entry) {
+  const std::int64_t elements = kCudaChunkBytes / element_size(entry.type);
   return (entry.numel + elements - 1) / elements;
 }
 
 // Fills first_chunk of every entry; returns the number of chunks, or -1 if they do not fit 32 bits.
-inline std::int64_t assign_chunks(NormEntry* entries, std::int64_t tensors, std::int64_t chunk_bytes) {
+template <class ChunkCount>
+std::int64_t assign_chunks(NormEntry* entries, std::int64_t tensors, ChunkCount chunk_count) {
   std::int64_t chunks = 0;
   for (std::int64_t t = 0; t < tensors; ++t) {
-    if (chunks > INT64_C(0xffffffff)) return -1;
     entries[t].first_chunk = static_cast<std::uint32_t>(chunks);
-    chunks += chunk_count(entries[t], chunk_bytes);
+    chunks += chunk_count(entries[t]);
+    if (chunks > INT64_C(0xffffffff)) return -1;
   }
-  return chunks > INT64_C(0xffffffff) ? -1 : chunks;
+  return chunks;
+}
+
+// For the CUDA launcher; the CPU kernel has chunks of its own size.
+inline std::int64_t assign_cuda_chunks(NormEntry* entries, std::int64_t tensors) {
+  return assign_chunks(entries, tensors, cuda_chunk_count);
 }
 
 // Running sums over one tensor or a part of it. Wide is double or a vector of doubles, Narrow what the elements are
@@ -57,52 +64,42 @@ struct RunningSums {
   Count nonzeros{};
 };
 
-CURVLAB_HD double widen(float value) { return value; }
-CURVLAB_HD double widen(double value) { return value; }
-CURVLAB_HD float magnitude(float value) { return fabsf(value); }
-CURVLAB_HD double magnitude(double value) { return fabs(value); }
-CURVLAB_HD void count_nonzeros(int& count, float value) { count += value != 0.0f; }
-CURVLAB_HD void count_nonzeros(int& count, double value) { count += value != 0.0; }
+// What the accumulation step asks of the type that elements are held in; the CPU kernel adds its vectors.
+template <class Narrow>
+struct Arithmetic {
+    static CURVLAB_HD double widen(Narrow value) { return value; }
+    static CURVLAB_HD Narrow magnitude(Narrow value) {
+        if constexpr (sizeof(Narrow) == sizeof(float)) return fabsf(value);
+        return fabs(value);
+    }
+    static CURVLAB_HD void count_nonzeros(int& count, Narrow value) { count += value != Narrow(0); }
+};
 
-// The accumulation step. linf drops a NaN here; l1, a sum of terms >= 0, is NaN exactly if some x is, and
-// keep_nan() below uses that: one comparison a chunk instead of one an element.
+// The accumulation step. linf drops a NaN here; l1, a sum of terms >= 0, is NaN exactly if some x is, and keep_nan()
+// below uses that: one comparison a chunk instead of one an element.
 template <NormMode mode, class Wide, class Narrow, class Count>
 CURVLAB_HD void accumulate(RunningSums<Wide, Narrow, Count>& sums, Narrow x, Narrow reference) {
-  const Wide wide = widen(x);
-  sums.l2 += wide * wide;
-  if constexpr (mode != NormMode::kL2Only) {
-    const Narrow size = magnitude(x);
-    sums.l1 += widen(size);
-    sums.linf = size > sums.linf ? size : sums.linf;
-    count_nonzeros(sums.nonzeros, x);
-  }
-  if constexpr (mode == NormMode::kWithReference) {
-    const Wide wide_reference = widen(reference);
-    const Wide difference = wide - wide_reference;
-    sums.distance += difference * difference;
-    sums.inner += wide * wide_reference;
-    sums.reference += wide_reference * wide_reference;
-  }
+    using Held = Arithmetic<Narrow>;
+    const Wide wide = Held::widen(x);
+    sums.l2 += wide * wide;
+    if constexpr (mode != NormMode::kL2Only) {
+        const Narrow size = Held::magnitude(x);
+        sums.l1 += Held::widen(size);
+        sums.linf = size > sums.linf ? size : sums.linf;
+        Held::count_nonzeros(sums.nonzeros, x);
+    }
+    if constexpr (mode == NormMode::kWithReference) {
+        const Wide wide_reference = Held::widen(reference);
+        const Wide difference = wide - wide_reference;
+        sums.distance += difference * difference;
+        sums.inner += wide * wide_reference;
+        sums.reference += wide_reference * wide_reference;
+    }
 }
 
 CURVLAB_HD double keep_nan(double linf, double l1) { return l1 != l1 ? l1 : linf; }
 
 CURVLAB_HD double max_keep_nan(double a, double b) { return a > b || a != a ? a : b; }
-
-// A sum with its rounding errors beside it (Knuth's two-sum): the error of 1e5 chunks stays near one unit in the last
-// place, in a fixed order.
-struct CompensatedSum {
-  double sum = 0.0;
-  double error = 0.0;
-  CURVLAB_HD void add(double value) {
-    const double total = sum + value;
-    const double part = total - sum;
-    error += (sum - (total - part)) + (value - part);
-    sum = total;
-  }
-  // An infinite sum has error Inf - Inf = NaN: then the sum itself is the answer.
-  CURVLAB_HD double value() const { return sum - sum == 0.0 ? sum + error : sum; }
-};
 
 // Adds rows of partial sums (squares in the columns of l2, distance and reference_l2).
 struct ColumnSums {

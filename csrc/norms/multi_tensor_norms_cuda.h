@@ -9,9 +9,9 @@
 namespace curvlab::norms {
 
 struct MultiTensorNormsLaunch {
-  const NormEntry* entries;  // [tensors], host memory; first_chunk filled by assign_chunks(..., kCudaChunkBytes)
+  const NormEntry* entries;  // [tensors], host memory; first_chunk filled by assign_cuda_chunks
   std::int64_t tensors;      // >= 1
-  std::int64_t chunks;       // what assign_chunks returned, may be 0
+  std::int64_t chunks;       // what assign_cuda_chunks returned, may be 0
   NormMode mode;
   double* workspace;         // device, cuda_workspace_doubles(tensors, chunks) doubles, need not be initialized
   NormEntry* device_table;   // device, [tensors]; needed only if tensors > kLargeTable, else may be null

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every family's CPU kernels for one instruction set; setup.py gives this file its flags and CURVLAB_CPU_CAPABILITY.
+#include "norms/multi_tensor_norms_cpu.h"
+
+namespace curvlab::norms {
+using namespace CURVLAB_CPU_CAPABILITY;
+const CpuKernels kCpuKernelsAvx512 = CURVLAB_NORM_KERNELS;
+}

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of CPU kernels that each instruction set fills (cpu_<isa>.cpp) and that multi_tensor_norms.cpp and
+// filter_norms.cpp choose from.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu_capability.h"
+#include "norms/multi_tensor_norms.h"
+
+namespace curvlab::norms {
+
+constexpr std::int64_t kCpuChunkElements = 4096;
+
+// Row of partial sums of one chunk, a cache line of its own: threads write neighboring rows.
+struct alignas(64) ChunkRow {
+    double values[8];
+    double operator()(int column) const { return values[column]; }
+};
+
+struct CpuKernels {
+    // Sums over n <= kCpuChunkElements elements; columns that the mode leaves out are 0.
+    void (*sum_chunk[3][4])(const void* x, const void* reference, std::int64_t n, ChunkRow* row);  // [mode][type]
+};
+
+extern const CpuKernels kCpuKernelsDefault;
+#if defined(MULTI_ISA)
+extern const CpuKernels kCpuKernelsAvx2;
+extern const CpuKernels kCpuKernelsAvx512;
+#endif
+
+inline const CpuKernels& cpu_kernels() {
+#if defined(MULTI_ISA)
+    switch (cpu_capability()) {
+        case CpuCapability::kAvx512: return kCpuKernelsAvx512;
+        case CpuCapability::kAvx2: return kCpuKernelsAvx2;
+        default: break;
+    }
+#else
+    (void)cpu_capability();  // refuses a setting that this build lacks
+#endif
+    return kCpuKernelsDefault;
+}
+
+}  // namespace curvlab::norms
