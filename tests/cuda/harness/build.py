@@ -43,8 +43,8 @@ _HOST_FLAGS = (
 )
 _SANITIZERS = {
     "": ("-O2",),
-    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
-    "thread": ("-O1", "-fsanitize=thread", "-fno-omit-frame-pointer"),
+    "address": ("-O2", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    "thread": ("-O2", "-fsanitize=thread", "-fno-omit-frame-pointer"),
 }
 SANITIZER_ENVIRONMENT = {
     # Leaks are not the kernels' matter: a launch that a fault stopped abandons its fibers, with what they own.

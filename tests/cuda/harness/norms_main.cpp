@@ -53,15 +53,15 @@ struct Launched {
 
 Launched run_norms(std::vector<NormEntry> entries, NormMode mode, int multiprocessors) {
   const auto tensors = static_cast<std::int64_t>(entries.size());
-  const std::int64_t chunks = assign_chunks(entries.data(), tensors, kCudaChunkBytes);
+  const std::int64_t chunks = assign_cuda_chunks(entries.data(), tensors);
   const std::unique_ptr<double[]> workspace(new double[cuda_workspace_doubles(tensors, chunks)]);
   const std::unique_ptr<NormEntry[]> table(tensors > kLargeTable ? new NormEntry[tensors] : nullptr);
   Launched result{std::vector<double>((tensors + 1) * kColumns, -7.0), 0};
-  for (int twice = 0; twice < 2; ++twice) {  // the second launch takes the ticket as the first left it
-    const char* error = launch_multi_tensor_norms(
-        {entries.data(), tensors, chunks, mode, workspace.get(), table.get(), &result.ticket, result.out.data(),
-         multiprocessors},
-        nullptr);
+  // The second launch takes the ticket as the first left it. TSan, to which each CUDA thread is a thread, sees one.
+  for (int launch = 0; launch < (simt::tsan::kEnabled ? 1 : 2); ++launch) {
+    const char* error = launch_multi_tensor_norms({entries.data(), tensors, chunks, mode, workspace.get(), table.get(),
+                                                   &result.ticket, result.out.data(), multiprocessors},
+                                                  nullptr);
     if (error) throw simt::Fault(error);
   }
   return result;
@@ -153,12 +153,13 @@ void run_all() {
   const char* types[] = {"float32", "float64", "bfloat16", "float16"};
   for (int type = 0; type < 4; ++type) {
     const std::string name = types[type];
+    report("with_reference " + name, norms(sizes, type, NormMode::kWithReference));
+    report("filter_norms " + name, filters({{3, 9}, {0, 4}, {2, 8200}, {9, 31}, {3, 0}}, type, 1));
+    if (simt::tsan::kEnabled && type != kFloat32) continue;  // the types differ in addresses, not in what orders them
     report("norms " + name, norms(sizes, type, NormMode::kNorms));
     report("l2_only " + name, norms(sizes, type, NormMode::kL2Only, 1));
-    report("with_reference " + name, norms(sizes, type, NormMode::kWithReference));
     report("with_reference, same offset " + name, norms({9, 4003}, type, NormMode::kWithReference, 1, 1));
     report("with_reference, other offset " + name, norms({9, 4003}, type, NormMode::kWithReference, 1, 0));
-    report("filter_norms " + name, filters({{3, 9}, {0, 4}, {2, 8200}, {9, 31}, {3, 0}}, type, 1));
   }
   report("many blocks", norms({12 * 16384 + 5}, kFloat32, NormMode::kNorms, 0, 0, 100));
   report("nothing but empty tensors", norms({0, 0}, kFloat32, NormMode::kNorms));
@@ -166,7 +167,8 @@ void run_all() {
   report("a tensor finished by the block", norms({1, 257 * 8192}, kFloat64, NormMode::kNorms));
   report("large parameter block", norms(std::vector<std::int64_t>(130, 3), kFloat32, NormMode::kWithReference));
   report("stored table", norms(std::vector<std::int64_t>(1003, 2), kFloat32, NormMode::kNorms));
-  report("filter_norms, stored table", filters({643, {2, 3}}, kFloat32, 0));
+  report("filter_norms, stored table",
+         filters(std::vector<std::pair<std::int64_t, std::int64_t>>(643, {2, 3}), kFloat32, 0));
 }
 
 }  // namespace

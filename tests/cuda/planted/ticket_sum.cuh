@@ -32,8 +32,8 @@ __global__ void ticket_sum_kernel(const float* __restrict__ x, int n, double* __
   if constexpr (kFault == 8) {
     if (threadIdx.x == 0) *sum = 0.0;
     __syncthreads();
-    for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
-      *sum += partial[i];  // fault 8: many threads, no atomic
+    for (int i = threadIdx.x; i < gridDim.x; i += blockDim.x) {  // fault 8: the compiler keeps *sum in a register
+      *sum += partial[i];                                        // fault 8: many threads, no atomic
     }
   } else if (threadIdx.x == 0) {
     double total = 0.0;
