@@ -24,10 +24,8 @@ struct CpuKernels {
 };
 
 extern const CpuKernels kCpuKernelsDefault;
-#if defined(MULTI_ISA)
-extern const CpuKernels kCpuKernelsAvx2;
+extern const CpuKernels kCpuKernelsAvx2;  // where MULTI_ISA is defined
 extern const CpuKernels kCpuKernelsAvx512;
-#endif
 
 inline const CpuKernels& cpu_kernels() {
 #if defined(MULTI_ISA)

@@ -59,18 +59,30 @@ inline std::int64_t assign_cuda_chunks(NormEntry* entries, std::int64_t tensors)
 // held in (float or double, or a vector of them), Count an integer of the same lanes.
 template <class Wide, class Narrow, class Count>
 struct RunningSums {
-  Wide l1{}, l2{}, distance{}, inner{}, reference{};
-  Narrow linf{};
-  Count nonzeros{};
+    Wide l1, l2, distance, inner, reference;
+    Narrow linf;
+    Count nonzeros;
+
+    // Member by member: default initializers of vectors made g++ 12 clear the whole object in memory (rep stos).
+    CURVLAB_HD void clear() {
+        l1 = l2 = distance = inner = reference = Wide{};
+        linf = Narrow{};
+        nonzeros = Count{};
+    }
 };
 
-// What the accumulation step asks of the type that elements are held in; the CPU kernel adds its vectors.
+CURVLAB_HD float magnitude(float value) { return fabsf(value); }
+CURVLAB_HD double magnitude(double value) { return fabs(value); }
+
+// What the accumulation step asks of the type that elements are held in (float or double); the CPU kernel adds its
+// vectors of them.
 template <class Narrow>
 struct Arithmetic {
     static CURVLAB_HD double widen(Narrow value) { return value; }
-    static CURVLAB_HD Narrow magnitude(Narrow value) {
-        if constexpr (sizeof(Narrow) == sizeof(float)) return fabsf(value);
-        return fabs(value);
+    static CURVLAB_HD double magnitude_of_wide(double value) { return magnitude(value); }
+    static CURVLAB_HD Narrow max_magnitude(Narrow value, Narrow old) {
+        const Narrow size = magnitude(value);
+        return size > old ? size : old;
     }
     static CURVLAB_HD void count_nonzeros(int& count, Narrow value) { count += value != Narrow(0); }
 };
@@ -83,9 +95,8 @@ CURVLAB_HD void accumulate(RunningSums<Wide, Narrow, Count>& sums, Narrow x, Nar
     const Wide wide = Held::widen(x);
     sums.l2 += wide * wide;
     if constexpr (mode != NormMode::kL2Only) {
-        const Narrow size = Held::magnitude(x);
-        sums.l1 += Held::widen(size);
-        sums.linf = size > sums.linf ? size : sums.linf;
+        sums.l1 += Held::magnitude_of_wide(wide);
+        sums.linf = Held::max_magnitude(x, sums.linf);
         Held::count_nonzeros(sums.nonzeros, x);
     }
     if constexpr (mode == NormMode::kWithReference) {

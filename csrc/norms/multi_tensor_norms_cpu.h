@@ -13,26 +13,27 @@ namespace curvlab::norms {
 
 template <>
 struct Arithmetic<CURVLAB_CPU_CAPABILITY::FloatLanes> {
-    using Float = CURVLAB_CPU_CAPABILITY::FloatLanes;
-    using Int = CURVLAB_CPU_CAPABILITY::Int32Lanes;
-    static CURVLAB_HD CURVLAB_CPU_CAPABILITY::DoubleLanes widen(Float value) {
-        return __builtin_convertvector(value, CURVLAB_CPU_CAPABILITY::DoubleLanes);
+    using Narrow = CURVLAB_CPU_CAPABILITY::FloatLanes;
+    using Wide = CURVLAB_CPU_CAPABILITY::DoubleLanes;
+    using Count = CURVLAB_CPU_CAPABILITY::Int32Lanes;
+    static CURVLAB_HD Wide widen(Narrow value) { return CURVLAB_CPU_CAPABILITY::widen_float(value); }
+    static CURVLAB_HD Wide magnitude_of_wide(Wide value) { return CURVLAB_CPU_CAPABILITY::absolute(value); }
+    static CURVLAB_HD Narrow max_magnitude(Narrow value, Narrow old) {
+        return CURVLAB_CPU_CAPABILITY::larger(CURVLAB_CPU_CAPABILITY::absolute(value), old);
     }
-    static CURVLAB_HD Float magnitude(Float value) {
-        return reinterpret_cast<Float>(reinterpret_cast<Int>(value) & 0x7fffffff);
-    }
-    static CURVLAB_HD void count_nonzeros(Int& count, Float value) { count -= value != 0.0f; }
+    static CURVLAB_HD void count_nonzeros(Count& count, Narrow value) { count -= value != 0.0f; }
 };
 
 template <>
 struct Arithmetic<CURVLAB_CPU_CAPABILITY::DoubleLanes> {
-    using Double = CURVLAB_CPU_CAPABILITY::DoubleLanes;
-    using Int = CURVLAB_CPU_CAPABILITY::Int64Lanes;
-    static CURVLAB_HD Double widen(Double value) { return value; }
-    static CURVLAB_HD Double magnitude(Double value) {
-        return reinterpret_cast<Double>(reinterpret_cast<Int>(value) & INT64_C(0x7fffffffffffffff));
+    using Wide = CURVLAB_CPU_CAPABILITY::DoubleLanes;
+    using Count = CURVLAB_CPU_CAPABILITY::Int64Lanes;
+    static CURVLAB_HD Wide widen(Wide value) { return value; }
+    static CURVLAB_HD Wide magnitude_of_wide(Wide value) { return CURVLAB_CPU_CAPABILITY::absolute(value); }
+    static CURVLAB_HD Wide max_magnitude(Wide value, Wide old) {
+        return CURVLAB_CPU_CAPABILITY::larger(CURVLAB_CPU_CAPABILITY::absolute(value), old);
     }
-    static CURVLAB_HD void count_nonzeros(Int& count, Double value) { count -= value != 0.0; }
+    static CURVLAB_HD void count_nonzeros(Count& count, Wide value) { count -= value != 0.0; }
 };
 
 namespace CURVLAB_CPU_CAPABILITY {
@@ -82,9 +83,9 @@ CURVLAB_INLINE void flush(Sums& total, Sums (&sums)[2]) {
     total.inner += sums[0].inner + sums[1].inner;
     total.reference += sums[0].reference + sums[1].reference;
     for (int i = 0; i < 2; ++i) {
-        total.linf = sums[i].linf > total.linf ? sums[i].linf : total.linf;
+        total.linf = larger(sums[i].linf, total.linf);
         total.nonzeros += sums[i].nonzeros;
-        sums[i] = Sums{};
+        sums[i].clear();
     }
 }
 
@@ -109,7 +110,10 @@ template <class scalar_t, NormMode mode>
 static void sum_chunk(const void* x_data, const void* reference_data, std::int64_t n, ChunkRow* row) {
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     const scalar_t* reference = static_cast<const scalar_t*>(reference_data);
-    LaneSums<scalar_t> total{}, sums[2]{};
+    LaneSums<scalar_t> total, sums[2];
+    total.clear();
+    sums[0].clear();
+    sums[1].clear();
     std::int64_t i = 0;
     const std::int64_t whole = n - n % kStep;
     while (i < whole) {

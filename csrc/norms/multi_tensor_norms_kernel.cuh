@@ -90,6 +90,7 @@ __device__ __forceinline__ void accumulate_chunk(const NormEntry& entry, std::in
     const std::int64_t tail = head + loads * kPerLoad<scalar_t>;
 
     ThreadSums<typename Held<scalar_t>::type> sums;
+    sums.clear();
     accumulate_elements<scalar_t, mode>(sums, x, reference, 0, head);
     accumulate_loads<scalar_t, mode>(sums, reinterpret_cast<const uint4*>(x + head),
                                      reinterpret_cast<const uint4*>(reference + head), static_cast<int>(loads));
