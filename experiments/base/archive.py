@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From finished runs to a page, a committed result, and back: manifests, reports, ``publish`` and ``verify``.
+
+``OUT/<study>/<variant>.json`` is the manifest of one configuration: which runs it consists of. ``experiments/results/
+<study>/`` holds what is committed: ``rows.parquet``, ``verdicts.json``, the tables and the figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curvlab.runs.config import canonical
+from curvlab.runs.figures import Figure
+from curvlab.runs.journal import atomic_write, read_json
+from curvlab.runs.report import Claim, write_report
+from curvlab.runs.report import Study as StudyPage
+from curvlab.runs.store import Row, RunStore, RunStoreError, collect, export_parquet
+from experiments.base.study import FOLDER, StudyModule, description, load_study, variant
+
+RESULTS = FOLDER / "results"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One configuration of one study, run to its end.
+
+    Attributes:
+        study: its name.
+        preset: the preset it started from.
+        overrides: ``field=value`` strings on top.
+        config: canonical form of the configuration.
+        runs: names of its runs in the store.
+        data: ``source`` (a sentence without folders), ``published``, ``fingerprint`` of the data set.
+        environment: versions, processor, threads, device.
+        protocol: the study's ``PROTOCOL``.
+        wall_seconds: of all its units together.
+    """
+
+    study: str
+    preset: str
+    overrides: tuple[str, ...]
+    config: Mapping[str, Any]
+    runs: tuple[str, ...]
+    data: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    protocol: int
+    wall_seconds: float
+
+    @property
+    def command(self) -> str:
+        """What to type to get it again."""
+        return " ".join(["python -m experiments run", self.study, "--preset", self.preset, *self.overrides])
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**dataclasses.asdict(self), "overrides": list(self.overrides), "runs": list(self.runs)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any], path: Path) -> Manifest:
+        """Back from :meth:`to_json`.
+
+        Raises:
+            RunStoreError: a field is missing; ``path`` is named.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in stored]
+        if missing:
+            raise RunStoreError(
+                f"{path} is not a manifest of this version (no {missing[0]!r}); move it away and run again"
+            )
+        picked = {name: stored[name] for name in names}
+        return cls(**{**picked, "overrides": tuple(picked["overrides"]), "runs": tuple(picked["runs"])})
+
+
+def restore_config(study: StudyModule, stored: Mapping[str, Any]) -> Any:
+    """The configuration behind a canonical form (flat fields; lists were tuples), whatever the presets say today."""
+    known = {field.name for field in dataclasses.fields(study.Config)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in known}
+    return study.Config(**values)
+
+
+def save_manifest(manifest: Manifest, store: RunStore, study: StudyModule) -> Path:
+    """Write it beside the runs."""
+    label = variant(study, manifest.preset, restore_config(study, manifest.config))
+    path = store.root / manifest.study / f"{label}.json"
+    atomic_write(path, _json(manifest.to_json()))
+    return path
+
+
+def manifests(store: RunStore, name: str, study: StudyModule) -> list[Manifest]:
+    """Manifests whose runs are all there and were made by today's protocol, the most faithful preset first.
+
+    Order: later presets of ``PRESETS`` before earlier ones, a preset as it stands before one with overrides.
+    """
+    finished = {run.name for run in store.runs(name) if run.finished}
+    found: list[Manifest] = []
+    for path in sorted((store.root / name).glob("*.json")):
+        manifest = Manifest.from_json(read_json(path), path)
+        if finished >= set(manifest.runs) and manifest.protocol == study.PROTOCOL and manifest.preset in study.PRESETS:
+            found.append(manifest)
+    order = list(study.PRESETS)
+    return sorted(found, key=lambda m: (-order.index(m.preset), len(m.overrides), m.overrides))
+
+
+def claims_of(study: StudyModule, rows: Sequence[Row], manifest: Manifest) -> list[Claim]:
+    """The study's verdicts, with the command that gives them (and the whole run's cost where a claim states none)."""
+    config = restore_config(study, manifest.config)
+    return [
+        dataclasses.replace(
+            claim,
+            command=manifest.command,
+            preset=manifest.preset,
+            cost_seconds=manifest.wall_seconds if claim.cost_seconds is None else claim.cost_seconds,
+        )
+        for claim in study.claims(rows, config)
+    ]
+
+
+def page(study: StudyModule, rows: Sequence[Row], manifest: Manifest) -> StudyPage:
+    """What the report shows of one study."""
+    words, config = description(study), restore_config(study, manifest.config)
+    laws = [f"{'holds' if law.holds else 'VIOLATED'}: {law.text}" for law in study.laws(rows, config)]
+    return StudyPage(
+        name=manifest.study,
+        title=words["title"],
+        question=words["question"],
+        source=words["source"],
+        preset=" ".join([manifest.preset, *manifest.overrides]),
+        claims=claims_of(study, rows, manifest),
+        tables=list(study.tables(rows, config)),
+        figures=list(study.figures(rows, config)),
+        notes=[f"Prediction: {words['prediction']}", *study.notes(rows, config), *(f"Law {text}" for text in laws)],
+        environment=dict(manifest.environment),
+        data_source=str(manifest.data["source"]),
+        data_published=bool(manifest.data["published"]),
+    )
+
+
+def report(found: Sequence[Manifest], store: RunStore, folder: Path) -> Path:
+    """One HTML page of these studies, their figures as PDF, one Parquet file a study; returns the page's path."""
+    pages = []
+    for manifest in found:
+        study = load_study(manifest.study)
+        rows = collect(store, manifest.study, manifest.runs)
+        export_parquet(rows, folder / f"{manifest.study}.parquet")
+        pages.append(page(study, rows, manifest))
+    return write_report(pages, folder)
+
+
+def publish(manifest: Manifest, store: RunStore, results: Path = RESULTS) -> list[Path]:
+    """Lay a run's rows, verdicts, tables and figures where they are committed; returns the files."""
+    study = load_study(manifest.study)
+    rows = collect(store, manifest.study, manifest.runs)
+    shown, folder = page(study, rows, manifest), results / manifest.study
+    written = [export_parquet(rows, folder / "rows.parquet")]
+    record = {**manifest.to_json(), "claims": [claim_record(claim) for claim in shown.claims]}
+    texts = {"verdicts.json": _json(record)}
+    for index, table in enumerate(shown.tables):
+        stem = "table" if index == 0 else f"table_{index + 1}"
+        texts[f"{stem}.md"] = f"**{table.title}**\n\n{table.to_markdown()}".encode()
+        texts[f"{stem}.csv"] = table.to_csv().encode()
+    for file, text in texts.items():
+        atomic_write(folder / file, text)
+        written.append(folder / file)
+    for figure in shown.figures:
+        written += save_figure(figure, folder)
+    return written
+
+
+def save_figure(figure: Figure, folder: Path) -> list[Path]:
+    """The figure as SVG (for a README) and PDF."""
+    return [figure.save(folder / f"{figure.name}.{kind}") for kind in ("svg", "pdf")]
+
+
+def claim_record(claim: Claim) -> dict[str, Any]:
+    """A claim as JSON: what ``verify`` compares (verdict, survives), and the numbers beside it."""
+    measured = None
+    if claim.measured is not None:
+        estimate = claim.measured
+        ends = [None if end != end else end for end in (estimate.low, estimate.high)]  # NaN is no JSON
+        measured = {
+            "value": estimate.value,
+            "low": ends[0],
+            "high": ends[1],
+            "n": estimate.n_text,
+            "how": estimate.method,
+        }
+    return {
+        "id": claim.id,
+        "text": claim.text,
+        "paper": claim.paper,
+        "measured": measured,
+        "verdict": str(claim.verdict),
+        "survives": str(claim.survives),
+    }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of :func:`verify`: where the rows came from, what was compared, what changed."""
+
+    study: str
+    rows_from: str
+    compared: int
+    changes: tuple[str, ...]
+
+
+def verify(name: str, store: RunStore, results: Path = RESULTS) -> Verification:
+    """Recompute the verdicts and compare them with the committed ones.
+
+    Rows: this machine's finished run of the same configuration, else the committed ones.
+
+    Raises:
+        RunStoreError: a committed file is missing its pair or is corrupt.
+    """
+    study, folder = load_study(name), results / name
+    if not (folder / "verdicts.json").exists():
+        return Verification(name, "nothing is committed", 0, ())
+    stored = read_json(folder / "verdicts.json")
+    committed = Manifest.from_json(stored, folder / "verdicts.json")
+    local = [m for m in manifests(store, name, study) if m.config == committed.config]
+    if local:
+        rows, manifest, origin = collect(store, name, local[0].runs), local[0], f"the run in {store.root}"
+    else:
+        rows, manifest, origin = read_rows(folder / "rows.parquet"), committed, "the committed rows"
+    now = {claim.id: claim_record(claim) for claim in claims_of(study, rows, manifest)}
+    before = {claim["id"]: claim for claim in stored["claims"]}
+    changes = []
+    for claim_id in [*before, *(new for new in now if new not in before)]:
+        old, new = before.get(claim_id), now.get(claim_id)
+        if old is None or new is None:
+            changes.append(f"{claim_id}: {'is new' if old is None else 'is gone'}")
+            continue
+        changes += [
+            f"{claim_id}: {key} was {old[key]!r}, is {new[key]!r}"
+            for key in ("verdict", "survives")
+            if old[key] != new[key]
+        ]
+    return Verification(name, origin, len(now), tuple(changes))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows from an exported Parquet file, without the empty cells that the table form added.
+
+    Raises:
+        RunStoreError: the file is missing or is no Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RunStoreError(f"{path} cannot be read: {error}") from error
+    return [{key: value for key, value in row.items() if value is not None} for row in table.to_pylist()]
+
+
+def make_manifest(
+    name: str,
+    preset: str,
+    overrides: Sequence[str],
+    config: Any,
+    *,
+    study: StudyModule,
+    runs: Sequence[Any],
+    data: Any,
+) -> Manifest:
+    """The manifest of runs that are all finished; ``data`` is their :class:`curvlab.data.Dataset`."""
+    done = [run.done for run in runs]
+    # "mnist from folder /home/...: the published bytes": the folder is nobody's business in a committed file.
+    where, _, verdict = data.source.rpartition(": ")
+    source = f"{data.name}: {verdict}" if where else data.source
+    return Manifest(
+        study=name,
+        preset=preset,
+        overrides=tuple(overrides),
+        config=canonical(config),
+        runs=tuple(run.name for run in runs),
+        data={"source": source, "published": data.published, "fingerprint": data.fingerprint},
+        environment=done[-1]["environment"],
+        protocol=study.PROTOCOL,
+        wall_seconds=sum(one["wall_seconds"] for one in done),
+    )
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()

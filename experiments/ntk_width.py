@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are wider networks lazier?
+
+Question: The relative weight movement Δ = ‖θ_T − θ_0‖/‖θ_0‖ of an MLP falls with its width. Does the network become
+lazy (kernel regime), or does only the denominator grow?
+
+Source: arXiv 2604.07603, experiment 5 (MLP 784-w-w-w-10 in PyTorch's default parametrization, first 5,000 MNIST images,
+30 epochs, batch 128, SGD lr 0.01, momentum 0.9, cosine schedule). Its two seeds are not ours.
+
+Prediction: As written, Δ falls by 11.3 from width 32 to 4096 with slope −0.50; but ‖θ_0‖ ≈ √(w + 4), so that
+11.3 = √(4096/32) and the absolute movement is constant. Laziness is a matter of the kernel drift ‖K_T − K_0‖/‖K_0‖ and
+of the linearization error ‖f_T − f_lin‖/‖f_T − f_0‖, which are measured as the control.
+
+Arms. ``standard``: as written. ``ntk``: the same initial function in NTK parametrization (Jacot et al. 2018), whose
+kernel has a limit as the width grows. PyTorch's default gain 1/√3 is far below the critical √2 and lets signal and
+kernel vanish with depth, a start that no network can leave lazily; ``ntk-he``: NTK parametrization with all parameters
+scaled by √6, that is gain √2 (He et al. 2015): the textbook's lazy network, the measurement's positive control.
+"""
+
+import sys
+
+if __name__ == "__main__":  # run as a file: the checkout's root takes this folder's place on the path
+    import runpy
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.argv[1:1] = ["run", Path(__file__).stem]
+    runpy.run_module("experiments", run_name="__main__")
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from curvlab.data import Dataset
+from curvlab.models import MLP
+from curvlab.operators.ntk import empirical_ntk
+from curvlab.runs import figures as draw
+from curvlab.runs.report import Claim
+from curvlab.runs.stats import (
+    Estimate,
+    Survives,
+    Verdict,
+    jonckheere,
+    judge,
+    judge_tolerance,
+    log_ratio_interval,
+    pooled_log_sd,
+    pooled_sd,
+)
+from curvlab.runs.store import Row, Run
+from curvlab.runs.tables import Table
+from curvlab.training.checkpoint import CheckpointFile
+from curvlab.training.grouped import train_group
+from curvlab.training.loop import Recipe, evaluate
+from curvlab.training.seeding import generator
+from experiments.base import Law, Tools, difference, paper
+from experiments.base.laziness import (
+    MEASURES,
+    Watch,
+    absolute_claim,
+    absolute_control,
+    initial_norm_claim,
+    lazier_claim,
+    measure,
+    regime_claim,
+    seconds,
+)
+from experiments.base.scaling import Scaling, panel, slope_table
+
+PROTOCOL = 1
+
+Arm = Literal["standard", "ntk", "ntk-he"]
+ARMS: tuple[Arm, ...] = ("standard", "ntk", "ntk-he")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's protocol; presets and ``field=value`` change it."""
+
+    dataset: Literal["mnist", "digits"] = "mnist"
+    num_train: int = 5000
+    """The first that many training images, in the order of the file."""
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    seeds: int = 5
+    """Seeds 0 .. seeds-1; each draws its own network and its own orders."""
+    one_seed_from: int = 0
+    """From this width on only seed 0 (0: never)."""
+    arms: tuple[Arm, ...] = ARMS
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.01
+    lr_ntk: float = 10.0
+    """Learning rate of the NTK arms: the parametrization divides the gradient by sqrt(3 fan_in)."""
+    momentum: float = 0.9
+    kernel_samples: int = 500
+    """The kernel is taken on the first that many training images."""
+    function_samples: int = 1000
+    """The linearization error is taken on the first that many test images."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or min((*self.widths, self.kernel_samples, self.function_samples), default=0) < 1:
+            raise ValueError(f"Config: seeds, widths and sample counts must be at least 1, got {self}")
+        if len(set(self.widths)) != len(self.widths) or not self.arms or not set(self.arms) <= set(ARMS):
+            raise ValueError(f"Config: widths must differ and arms be some of {', '.join(ARMS)}, got {self}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """All seeds of one width in one arm, trained together: what a run's name covers."""
+
+    width: int
+    parametrization: Arm
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    dataset: str = "mnist"
+    num_train: int = 5000
+    kernel_samples: int = 500
+    function_samples: int = 1000
+
+    def __str__(self) -> str:
+        count = "1 seed" if len(self.seeds) == 1 else f"{len(self.seeds)} seeds"
+        return f"{self.parametrization}, width {self.width}, {count}"
+
+
+PRESETS: dict[str, Config] = {
+    "smoke": Config(
+        dataset="digits",
+        num_train=1000,
+        epochs=150,  # 1,200 updates, as many as 30 epochs on 5,000 images: movement is flat once the loss is small
+        widths=(16, 32, 64, 128, 256),
+        seeds=2,
+        arms=("standard", "ntk-he"),
+        kernel_samples=100,
+        function_samples=300,
+    ),
+    "cpu": Config(seeds=3, one_seed_from=2048, kernel_samples=200),
+    "paper": Config(),
+}
+
+
+def expand(config: Config) -> list[Unit]:
+    """One unit for every width and arm, the standard arm first, narrow before wide."""
+    return [
+        Unit(
+            width,
+            arm,
+            tuple(range(1 if config.one_seed_from and width >= config.one_seed_from else config.seeds)),
+            Recipe(
+                config.epochs, config.batch_size, config.lr if arm == "standard" else config.lr_ntk, config.momentum
+            ),
+            config.dataset,
+            config.num_train,
+            config.kernel_samples,
+            config.function_samples,
+        )
+        for arm in config.arms
+        for width in sorted(config.widths)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ running one unit
+
+
+def initial_model(unit: Unit, seed: int, data: Dataset) -> MLP:
+    """θ_0 of a seed: a function of unit and seed alone, so it is drawn again wherever it is needed."""
+    model = MLP(
+        unit.width,
+        in_features=data.train_x[0].numel(),
+        num_classes=data.num_classes,
+        parametrization="standard" if unit.parametrization == "standard" else "ntk",
+        generator=generator(seed, "init"),
+    )
+    if unit.parametrization == "ntk-he":
+        with torch.no_grad():
+            for param in model.parameters():
+                param.mul_(math.sqrt(6.0))  # variance 1/3 -> 2 of the effective weights, times 1/fan_in
+    return model.to(data.train_x.device)
+
+
+def run(unit: Unit, run: Run, tools: Tools) -> dict[str, Any]:
+    """Train all seeds of the unit, measure each, append its rows."""
+    data = tools.dataset(unit.dataset, unit.num_train)
+    models = [initial_model(unit, seed, data) for seed in unit.seeds]
+    watches = {seed: Watch(seed) for seed in unit.seeds}
+    epochs, total = unit.recipe.epochs, unit.recipe.epochs + 1  # the measurement counts as one epoch
+    result = train_group(
+        models,
+        data,
+        unit.recipe,
+        seeds=unit.seeds,
+        callbacks=lambda seed: [watches[seed]],
+        checkpoint=CheckpointFile(run.checkpoint_path, every_seconds=tools.checkpoint_seconds),
+        progress=lambda done, _: tools.progress(done, total),
+    )
+    for seed, model, diverged in zip(unit.seeds, models, result.diverged, strict=True):
+        rows = [
+            {"epoch": line["epoch"], "metric": metric, "value": line[metric]}
+            for line in result.history
+            if line["seed"] == seed
+            for metric in ("train_loss", "train_accuracy")
+        ]
+        final = {"diverged": float(diverged)} | ({} if diverged else final_values(unit, seed, model, data))
+        final["train_seconds"] = max(watch.seconds for watch in watches.values()) / len(unit.seeds)
+        rows += watches[seed].rows + [{"epoch": epochs, "metric": key, "value": value} for key, value in final.items()]
+        factors = {"width": unit.width, "parametrization": unit.parametrization, "seed": seed}
+        run.append([factors | row for row in rows])
+    return {"engine": result.engine, "diverged": sum(result.diverged)}
+
+
+def final_values(unit: Unit, seed: int, model: MLP, data: Dataset) -> dict[str, float]:
+    """Test accuracy and laziness of a trained network."""
+    inputs, held_out = data.train_x[: unit.kernel_samples], data.test_x[: unit.function_samples]
+    test_loss, test_accuracy = evaluate(model, data.test_x, data.test_y)
+    found = {"test_loss": test_loss, "test_accuracy": test_accuracy}
+    return found | measure(model, initial_model(unit, seed, data), inputs, held_out)
+
+
+def cost(unit: Unit) -> float:
+    """Seconds on two slow cores, roughly: 6 FLOP a parameter and sample, 0.4 ms a step, two kernels."""
+    params = 784 * unit.width + 2 * unit.width**2
+    steps = unit.recipe.epochs * unit.recipe.steps_per_epoch(unit.num_train)
+    train = steps * (4e-4 + 6 * params * unit.recipe.batch_size / 6e10)
+    kernels = 8 * (10 * unit.kernel_samples) ** 2 * unit.width / 6e10
+    return len(unit.seeds) * (train + kernels + 0.1)
+
+
+def forecast(unit: Unit, tools: Tools) -> float:
+    """Three training steps and a kernel on a tenth of the samples, scaled up."""
+    data = tools.dataset(unit.dataset, unit.num_train)
+    models = [initial_model(unit, seed, data) for seed in unit.seeds]
+    recipe = replace(unit.recipe, epochs=1)
+    steps = min(3, recipe.steps_per_epoch(unit.num_train))
+    few = data.subset(min(unit.num_train, steps * recipe.batch_size))
+    seconds = min(train_group(models, few, recipe, seeds=unit.seeds).seconds for _ in range(2)) / steps
+    train = seconds * unit.recipe.epochs * unit.recipe.steps_per_epoch(unit.num_train)
+    began = time.perf_counter()
+    empirical_ntk(models[0], data.train_x[: max(1, unit.kernel_samples // 5)])
+    # Products grow with the square of the samples; the passes before them linearly, so this errs on the high side.
+    return train + len(unit.seeds) * 2 * 25 * (time.perf_counter() - began)
+
+
+# ------------------------------------------------------------------------------------------------ verdicts from rows
+
+
+def arms_of(rows: Sequence[Row], config: Config) -> dict[str, Scaling]:
+    """Each arm as functions of the width; the standard arm is always there, perhaps empty."""
+    return {
+        name: Scaling(rows, "width", {"parametrization": name}) for name in dict.fromkeys(("standard", *config.arms))
+    }
+
+
+def is_as_written(config: Config) -> bool:
+    """Whether the standard arm follows the paper's protocol (its widths and seeds may be fewer)."""
+    names = ("dataset", "num_train", "epochs", "batch_size", "lr", "momentum")
+    return all(getattr(config, name) == getattr(Config(), name) for name in names)
+
+
+def claims(rows: Sequence[Row], config: Config) -> list[Claim]:
+    """The paper's claims, each with its control; then the audit and the control arms."""
+    arms = arms_of(rows, config)
+    standard = arms["standard"]
+    found = [
+        ratio_claim(standard),
+        slope_claim(standard),
+        means_claim(standard),
+        accuracy_claim(standard),
+        lazier_claim("lazier", "Wider networks are lazier: the kernel moves less", "Δ ∝ w^−0.50", standard),
+        regime_claim(standard),
+        absolute_claim(standard),
+        initial_norm_claim(standard),
+    ]
+    for name in config.arms:
+        if name != "standard":
+            words = {
+                "ntk": "under NTK parametrization, same initial function",
+                "ntk-he": "under NTK parametrization, He gain",
+            }
+            claim_id = f"lazier_{name.replace('-', '_')}"
+            found.append(lazier_claim(claim_id, f"Control: wider is lazier {words[name]}", "theory: < 0", arms[name]))
+    if is_as_written(config):
+        return found
+    return [replace(claim, verdict=Verdict.NOT_TESTABLE, survives=Survives.NOT_TESTED, note="") for claim in found]
+
+
+def ratio_claim(arm: Scaling) -> Claim:
+    """Δ at width 32 over Δ at width 4096; the single seed at 4096 gets its interval from the pooled relative spread."""
+    found, measured = arm.groups("relative_movement"), None
+    if {32, 4096} <= set(found):
+        spread, df = pooled_log_sd(found)
+        measured = log_ratio_interval(found[32], found[4096], pooled_sd=spread, df=df)
+    verdict = judge(measured, paper.NTK_RATIO, 1.0, log_scale=True)
+    survives, control = absolute_control(arm) if measured else (Survives.NOT_TESTED, "")
+    text = "Relative movement Δ falls 11.3-fold from width 32 to 4096"
+    return Claim("ratio", text, paper.NTK_RATIO, measured, verdict, "×", survives, control, seconds(arm))
+
+
+def slope_claim(arm: Scaling) -> Claim:
+    """Δ ∝ w^slope over all widths that were run."""
+    measured = arm.slope("relative_movement")
+    judged = judge_tolerance(measured, paper.NTK_SLOPE, 0.03, null_value=0.0)
+    survives, control = absolute_control(arm) if measured else (Survives.NOT_TESTED, "")
+    text = "Log–log slope of Δ against width is −0.50 (± 0.03)"
+    return Claim("slope", text, paper.NTK_SLOPE, measured, judged.verdict, "", survives, control, seconds(arm),
+                 note=judged.text)  # fmt: skip
+
+
+def deviations(arm: Scaling) -> dict[float, Estimate]:
+    """Mean Δ against the paper's mean, in percent, at every width that both have."""
+    shifts = {}
+    for width, mean in arm.means("relative_movement").items():
+        if width in paper.NTK_MOVEMENT:
+            published = sum(paper.NTK_MOVEMENT[int(width)]) / 2
+            scaled = mean.scaled(100 / published)
+            shifts[width] = replace(scaled, value=scaled.value - 100, low=scaled.low - 100, high=scaled.high - 100)
+    return shifts
+
+
+def means_claim(arm: Scaling) -> Claim:
+    """The worst of the deviations; within 5 % is the issue for every width at once."""
+    shifts = deviations(arm)
+    worst = max(shifts, key=lambda width: abs(shifts[width].value), default=None)
+    measured = None if worst is None else shifts[worst]
+    judged = judge_tolerance(measured, 0.0, 5.0)
+    note = f"worst of {len(shifts)} widths: {worst}; {judged.text} points" if measured else ""
+    text = "Mean Δ is within 5 % of the paper's at every width (worst deviation)"
+    return Claim("means", text, "0", measured, judged.verdict, "%", cost_seconds=seconds(arm), note=note)
+
+
+def accuracy_claim(arm: Scaling) -> Claim:
+    """Difference of the ends, and a trend test over all widths: *Reproduced* asks for both."""
+    found = {width: [100 * value for value in values] for width, values in arm.groups("test_accuracy").items()}
+    measured, note = None, ""
+    if {32, 4096} <= set(found):
+        measured = difference(found[4096], found[32], pooled_sd(found))
+    verdict = judge(measured, paper.NTK_GAIN, 0.0)
+    if measured is not None:
+        trend = jonckheere(list(found.values()))
+        note = f"{trend.name} over {len(found)} widths: p = {trend.p_value:.2g}, n = {trend.n}"
+        if verdict is Verdict.REPRODUCED and not trend.p_value < 0.05:
+            verdict = Verdict.DIRECTION_ONLY
+    text = "Test accuracy rises from width 32 to 4096 (91.6 → 93.9 %)"
+    return Claim("accuracy", text, paper.NTK_GAIN, measured, verdict, "points", cost_seconds=seconds(arm), note=note)
+
+
+def laws(rows: Sequence[Row], config: Config) -> list[Law]:
+    """What must hold where the protocol is a preset's own: on digits the law, on MNIST the paper's numbers."""
+    arm = arms_of(rows, config)["standard"]
+    slope, absolute = arm.slope("relative_movement"), arm.means("absolute_movement")
+    smoke = PRESETS["smoke"]
+    is_smoke = config == replace(smoke, seeds=config.seeds, arms=config.arms)
+    if slope is None or not (is_smoke or is_as_written(config)):
+        return []
+    width = 0.1 if is_smoke else 0.03
+    found = [Law(f"slope of Δ is −0.50 ± {width}: {slope}", abs(slope.value + 0.5) <= width)]
+    if is_smoke:
+        middle = sum(mean.value for mean in absolute.values()) / len(absolute)
+        worst = max(abs(mean.value / middle - 1) for mean in absolute.values())
+        return [*found, Law(f"absolute movement is flat within 15 %: worst {100 * worst:.1f} %", worst <= 0.15)]
+    shifts = {width: shift.value for width, shift in deviations(arm).items()}
+    return [*found, Law(f"mean Δ is within 5 % of the paper's at {len(shifts)} widths: "
+                        + ", ".join(f"{w}: {s:+.1f} %" for w, s in shifts.items()),
+                        all(abs(shift) <= 5 for shift in shifts.values()))]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ tables and figures
+
+
+def tables(rows: Sequence[Row], config: Config) -> list[Table]:
+    """T5: everything by arm and width; then the slopes."""
+    arms = arms_of(rows, config)
+    columns = ["parametrization", "width", "Δ", "SD", "paper's Δ", "deviation %", "‖θ_T−θ_0‖", "‖θ_0‖", "kernel drift",
+               "kernel alignment", "linearization error", "test %", "diverged", "time s"]  # fmt: skip
+    lines = [table_line(name, arm, width) for name, arm in arms.items() for width in arm.groups("diverged")]
+    caption = (
+        "Means over seeds with 95 % t intervals, relative spread pooled over widths (so one seed has an interval too); "
+        f"SD is the sample's. Kernel on the first {config.kernel_samples} training images, linearization error on the "
+        f"first {config.function_samples} test images. Alignment: cosine of K_T and K_0. Time: training and measuring, "
+        "all seeds."
+    )
+    slopes = slope_table(arms, MEASURES, title="Log–log slopes against width", caption=(
+        "Least squares over all seeds; the interval is of the larger of residual and lack-of-fit error."))  # fmt: skip
+    return [Table("Movement, kernel and accuracy by width", columns, lines, caption), slopes]
+
+
+def table_line(name: str, arm: Scaling, width: float) -> list[Any]:
+    """One row of T5."""
+    moved = arm.groups("relative_movement").get(width, [])
+    is_paper = name == "standard" and width in paper.NTK_MOVEMENT
+    accuracy = arm.means("test_accuracy").get(width)
+    spent = [sum(arm.groups(metric).get(width, [])) for metric in ("train_seconds", "measure_seconds")]
+    return [
+        name,
+        width,
+        arm.means("relative_movement").get(width),
+        statistics.stdev(moved) if len(moved) > 1 else None,
+        sum(paper.NTK_MOVEMENT[int(width)]) / 2 if is_paper else None,
+        deviations(arm)[width] if is_paper and moved else None,
+        arm.means("absolute_movement").get(width),
+        arm.geometric_mean("initial_norm", width),
+        arm.means("kernel_drift").get(width),
+        arm.means("kernel_alignment").get(width),
+        arm.means("linearization_error").get(width),
+        None if accuracy is None else accuracy.scaled(100),
+        int(sum(arm.groups("diverged")[width])),
+        round(sum(spent), 1),
+    ]
+
+
+def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
+    """F7: four laziness curves; and accuracy against width."""
+    arms, as_written = arms_of(rows, config), is_as_written(config)
+    published = {w: sum(pair) / 2 for w, pair in paper.NTK_MOVEMENT.items() if w in config.widths}
+    figure, panels = draw.new_figure(2, 2, size=(10.4, 8.0))
+    metrics = ("relative_movement", "absolute_movement", "kernel_drift", "linearization_error")
+    for axes, metric in zip(panels, metrics, strict=True):
+        shown = {
+            "relative_movement": published,
+            "absolute_movement": {w: d * (w + 4) ** 0.5 for w, d in published.items()},
+        }
+        panel(axes, arms, metric, ylabel=MEASURES[metric], published=shown.get(metric) if as_written else None)
+        draw.add_legend(axes)
+    accuracy, (axes,) = draw.new_figure()
+    for series, (name, arm) in enumerate(arms.items()):
+        draw.plot_groups(axes, {w: [100 * v for v in values] for w, values in arm.groups("test_accuracy").items()},
+                         series=series, label=name)  # fmt: skip
+    if as_written:
+        means = {w: sum(pair) / 2 for w, pair in paper.NTK_ACCURACY.items() if w in config.widths}
+        draw.plot_published(axes, list(means), list(means.values()), label="paper")
+    draw.set_axes(axes, xlabel="width", ylabel="test accuracy (%)", log_x=True, x_ticks=sorted(config.widths))
+    draw.add_legend(axes)
+    caption = (
+        "Dots: seeds; markers: means with 95 % intervals; dashed: power law with its band; hollow diamonds: the paper"
+        + (" (absolute movement: its Δ times √(w + 4))." if as_written else " has no numbers for this data set.")
+    )
+    return [
+        draw.Figure("laziness", "Four laziness curves", caption, figure),
+        draw.Figure("accuracy", "Test accuracy by width", "Last epoch; dots: seeds, bars: 95 % t intervals.", accuracy),
+    ]
+
+
+def notes(rows: Sequence[Row], config: Config) -> list[str]:
+    """Rules and limits."""
+    arm = arms_of(rows, config)["standard"]
+    growth = arm.means("kernel_growth")
+    found = [
+        "Survival rules stand in experiments/base/laziness.py; the control column gives each with its numbers.",
+        "Groups of one seed have intervals under the assumption that all widths share one relative spread.",
+        f"NTK arms: lr {config.lr_ntk:g} (the parametrization divides gradients by √(3 fan_in)), all else as written.",
+    ]
+    if growth:
+        first, last = min(growth), max(growth)
+        found.append(
+            f"Under PyTorch's default gain the kernel's norm grows {growth[first].value:.0f}-fold at width {first} and "
+            f"{growth[last].value:.0f}-fold at width {last} in training: the initial kernel is not the one that learns."
+        )
+    return found
