@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats as sps
 
-from curvlab.runs.estimates import Array, Estimate, check_level, check_values
+from curvlab.runs.estimates import Array, Estimate, check_level, check_values, t_interval
 
 # Draws are made in blocks of about this many numbers, so that 10,000 draws of 10,000 images need no gigabytes.
 _BLOCK = 4_000_000
@@ -69,43 +69,50 @@ def hierarchical_bootstrap(
 ) -> Estimate:
     """Mean score (or difference of two arms) with the noise of seeds *and* of test images in its interval.
 
-    Every draw takes S − 1 of S seeds with replacement (S − 1 and not S gives a mean the variance s²/S that it has;
-    Rao & Wu, JASA 83 (1988)) and N of N images, the same images for all seeds and both arms, since they share one test
-    set (the pigeonhole bootstrap; Owen, Ann. Appl. Stat. 1 (2007): never too narrow for crossed factors). Interval: the
-    draws' quantiles where S ≥ 8, else mean ± t(S − 1) · SD of the draws. With S = 1 only images are drawn, and the
-    method says so.
+    All seeds and both arms share the test images, so seeds and images are crossed. The variance is the unbiased one
+    (per arm a: seed-mean variance s_a² over S_a; image-mean variance s_d² of the difference; residual mean square e_a):
+
+        V = Σ_a s_a²/S_a + s_d²/N − Σ_a e_a/(S_a N),  not below its seed part or its image part.
+
+    With S ≥ 8 seeds the interval is that of ``draws`` resamples of seeds and of images (the same images for all seeds),
+    their spread scaled to √V: plain resampling of crossed factors counts the residual up to three times (the pigeonhole
+    bootstrap; Owen, Ann. Appl. Stat. 1 (2007)), which for 0/1 scores of a few seeds is most of the variance. Below 8
+    seeds it is mean ± t(df) · √V with Satterthwaite's df (Biometrics Bull. 2 (1946)). With S = 1 the seeds' noise cannot
+    be known: the interval covers the images' alone, and the method says so.
 
     Args:
-        scores: per seed and test image, for example 0/1 correctness, ``[S, N]``.
+        scores: per seed and test image, for example 0/1 correctness, ``[S, N]``, N ≥ 2.
         other: second arm, ``[S', N]`` on the same images; the estimate is then ``scores − other``.
         rng: source of the resamples.
         draws: number of resamples.
         level: of the interval.
-        common_seeds: the arms share their seeds, in order: both draw the same.
+        common_seeds: the arms share their seeds, in order: differences are taken seed by seed.
     """
     check_level(level, "hierarchical_bootstrap")
     arms = [_matrix(arm, name) for arm, name in ((scores, "scores"), (other, "other")) if arm is not None]
     images, seeds = arms[0].shape[1], [arm.shape[0] for arm in arms]
     if any(arm.shape[1] != images for arm in arms) or (common_seeds and len(set(seeds)) > 1):
-        raise ValueError(f"hierarchical_bootstrap: other must match scores {list(arms[0].shape)}, got {list(arms[-1].shape)}")
-    means = [float(arm.mean()) for arm in arms]
-    value = means[0] - means[1] if len(means) > 1 else means[0]
-    block = max(1, _BLOCK // images)
-    parts = [_draw(arms, rng, min(block, draws - start), common_seeds) for start in range(0, draws, block)]
-    drawn = np.concatenate(parts)
-    fewest = min(seeds)
-    if fewest == 1:
-        quantile, how = float(sps.norm.ppf(0.5 + level / 2)), "one seed: image sampling only, normal interval"
-    elif fewest < 8:
-        quantile, how = float(sps.t.ppf(0.5 + level / 2, fewest - 1)), f"seeds × images, t interval (df={fewest - 1})"
+        raise ValueError(
+            f"hierarchical_bootstrap: other must match scores {list(arms[0].shape)}, got {list(arms[-1].shape)}"
+        )
+    if common_seeds and len(arms) > 1:
+        arms, seeds = [arms[0] - arms[1]], seeds[:1]
+    value = float(arms[0].mean()) - (float(arms[1].mean()) if len(arms) > 1 else 0.0)
+    variance, df = _crossed_variance(arms)
+    if min(seeds) >= 8:
+        block = max(1, _BLOCK // images)
+        drawn = np.concatenate([_draw(arms, rng, min(block, draws - at)) for at in range(0, draws, block)])
+        spread = float(drawn.std(ddof=1))
+        scaled = value + (drawn - drawn.mean()) * (math.sqrt(variance) / spread if spread > 0 else 0.0)
+        low, high = (float(q) for q in np.quantile(scaled, [0.5 - level / 2, 0.5 + level / 2]))
+        how = f"{draws:,} draws of seeds and images"
     else:
-        quantile, how = math.nan, "seeds × images, percentile interval"
-    low, high = value - quantile * float(drawn.std(ddof=1)), value + quantile * float(drawn.std(ddof=1))
-    if math.isnan(quantile):
-        low, high = (float(q) for q in np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2]))
-    counts = tuple(seeds) if len(seeds) > 1 and not common_seeds else ()
-    method = f"hierarchical bootstrap, {how}, {images:,} images, {draws:,} draws"
-    return Estimate(value, low, high, sum(counts) or seeds[0], method, level, counts)
+        low, high = t_interval(value, math.sqrt(variance), df, level)
+        how = f"crossed seeds and images, t interval (df={df:.3g})"
+        if min(seeds) == 1:
+            how = "one seed: the images' noise only"
+    counts = tuple(seeds) if len(seeds) > 1 else ()
+    return Estimate(value, low, high, sum(seeds), f"mean score, {how}, {images:,} images", level, counts)
 
 
 def _resample(y: Array, statistic: Callable[..., Any], rng: np.random.Generator, draws: int) -> Array:
@@ -119,23 +126,39 @@ def _resample(y: Array, statistic: Callable[..., Any], rng: np.random.Generator,
 
 def _matrix(scores: ArrayLike, name: str) -> Array:
     array = np.asarray(scores, dtype=np.float64)
-    if array.ndim != 2 or array.size == 0 or not np.isfinite(array).all():
+    if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2 or not np.isfinite(array).all():
         raise ValueError(f"hierarchical_bootstrap: {name} must be finite [seeds, images], got {list(array.shape)}")
     return array
 
 
-def _draw(arms: list[Array], rng: np.random.Generator, count: int, common_seeds: bool) -> Array:
+def _crossed_variance(arms: list[Array]) -> tuple[float, float]:
+    """Variance of the (difference of) mean scores and its Satterthwaite df; see :func:`hierarchical_bootstrap`."""
     images = arms[0].shape[1]
-    image_weights = _weights(rng, count, images, images)
-    seed_weights: NDArray[np.float64] | None = None
+    contrast = arms[0].mean(axis=0) - (arms[1].mean(axis=0) if len(arms) > 1 else 0.0)
+    image_part = float(contrast.var(ddof=1)) / images
+    parts, seed_part, residual = [(image_part, images - 1)], 0.0, 0.0
+    for arm in arms:
+        count = arm.shape[0]
+        if count == 1:
+            continue
+        seed_means = arm.mean(axis=1, keepdims=True)
+        left = arm - seed_means - arm.mean(axis=0, keepdims=True) + arm.mean()
+        residual += float((left**2).sum()) / ((count - 1) * (images - 1)) / (count * images)
+        parts.append((float(seed_means.var(ddof=1)) / count, count - 1))
+        seed_part += parts[-1][0]
+    variance = max(image_part + seed_part - residual, image_part, seed_part)
+    weight = sum(part**2 / df for part, df in parts)
+    return variance, variance**2 / weight if weight > 0 else float(images - 1)
+
+
+def _draw(arms: list[Array], rng: np.random.Generator, count: int) -> Array:
+    image_weights = _weights(rng, count, arms[0].shape[1])
     total = np.zeros(count)
     for sign, arm in zip((1.0, -1.0), arms, strict=False):
-        if seed_weights is None or not common_seeds:
-            seed_weights = _weights(rng, count, arm.shape[0], max(1, arm.shape[0] - 1))
-        total += sign * ((image_weights @ arm.T) * seed_weights).sum(axis=1)
+        total += sign * ((image_weights @ arm.T) * _weights(rng, count, arm.shape[0])).sum(axis=1)
     return total
 
 
-def _weights(rng: np.random.Generator, count: int, size: int, taken: int) -> Array:
-    """``[count, size]``: how often each of ``size`` items is among ``taken`` draws with replacement, over ``taken``."""
-    return rng.multinomial(taken, np.full(size, 1 / size), size=count) / taken
+def _weights(rng: np.random.Generator, count: int, size: int) -> Array:
+    """``[count, size]``: how often each of ``size`` items is among ``size`` draws with replacement, over ``size``."""
+    return rng.multinomial(size, np.full(size, 1 / size), size=count) / size

@@ -194,7 +194,7 @@ def _plot_seeds(axes: Axes, x: float, values: Sequence[float], color: str) -> No
     for index, value in enumerate(values):
         shift = 7 + (6 * index / (len(values) - 1) if len(values) > 1 else 0)
         moved = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-        axes.plot([x], [value], ".", color=color, alpha=0.6, markersize=4, markeredgewidth=0, zorder=3, transform=moved)
+        axes.plot([x], [value], ".", color=color, alpha=0.7, markersize=4.5, markeredgewidth=0, zorder=3, transform=moved)
 
 
 def plot_fit(

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from curvlab.runs.estimates import Estimate
 from curvlab.runs.figures import Figure
 from curvlab.runs.journal import atomic_write, explain
-from curvlab.runs.tables import MISSING, Table, format_cell, format_estimate, format_number, format_seconds
+from curvlab.runs.tables import MISSING, Table, format_cell, format_estimate, format_seconds
 from curvlab.runs.verdicts import Survives, Verdict
 
 # Shape and word besides color, so that a badge reads in print and to color-blind eyes.
@@ -112,7 +112,7 @@ def render_page(studies: Sequence[Study], *, title: str) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=_number, seconds=format_seconds, cell=format_cell)
+    environment.filters.update(paper=_paper, seconds=format_seconds, cell=format_cell)
     template = environment.from_string(text["page.html.j2"])
     # The policy forbids every request and every script but this one, whatever a caption may hold.
     digest = base64.b64encode(hashlib.sha256(text["script.js"].encode()).digest()).decode()
@@ -132,11 +132,11 @@ def render_page(studies: Sequence[Study], *, title: str) -> str:
     )
 
 
-def _number(value: str | float | None, unit: str = "") -> str:
+def _paper(value: str | float | None, unit: str = "") -> str:
+    """The paper's number as it prints it: no zeros added, since digits claim precision."""
     if value is None:
         return MISSING
-    text = value if isinstance(value, str) else format_number(value)
-    return _with_unit(text, unit)
+    return _with_unit(value if isinstance(value, str) else f"{value:.10g}".replace("-", "−"), unit)
 
 
 def _with_unit(text: str, unit: str) -> str:
