@@ -3,14 +3,15 @@
 #include "norms/filter_norms.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "common/no_gradient.h"
 #include "norms/cpu_kernels.h"
 #include "norms/tensor_lists.h"
 
@@ -94,6 +95,13 @@ at::Tensor filter_norms_other(at::TensorList tensors) {
     return at::zeros({0}, at::kDouble);
 }
 
+at::Tensor filter_norms_autograd(at::TensorList tensors) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("curvlab::filter_norms", "")
+                               .typed<at::Tensor(at::TensorList)>();
+    return without_gradient("filter_norms", {tensors}, [&] { return op.call(tensors); });
+}
+
 }  // namespace
 }  // namespace curvlab::norms
 
@@ -102,4 +110,4 @@ TORCH_LIBRARY_IMPL(curvlab, Meta, m) { m.impl("filter_norms", curvlab::norms::fi
 TORCH_LIBRARY_IMPL(curvlab, CompositeExplicitAutograd, m) {
     m.impl("filter_norms", curvlab::norms::filter_norms_other);
 }
-TORCH_LIBRARY_IMPL(curvlab, Autograd, m) { m.impl("filter_norms", torch::autograd::autogradNotImplementedFallback()); }
+TORCH_LIBRARY_IMPL(curvlab, Autograd, m) { m.impl("filter_norms", curvlab::norms::filter_norms_autograd); }

@@ -3,14 +3,15 @@
 #include "norms/multi_tensor_norms.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <memory>
 
+#include "common/no_gradient.h"
 #include "norms/cpu_kernels.h"
 #include "norms/tensor_lists.h"
 
@@ -101,6 +102,13 @@ at::Tensor multi_tensor_norms_other(at::TensorList tensors, at::TensorList refer
     return at::zeros({1, kColumns}, at::kDouble);
 }
 
+at::Tensor multi_tensor_norms_autograd(at::TensorList tensors, at::TensorList reference, bool l2_only) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("curvlab::multi_tensor_norms", "")
+                               .typed<at::Tensor(at::TensorList, at::TensorList, bool)>();
+    return without_gradient("multi_tensor_norms", {tensors, reference}, [&] { return op.call(tensors, reference, l2_only); });
+}
+
 }  // namespace
 }  // namespace curvlab::norms
 
@@ -109,6 +117,4 @@ TORCH_LIBRARY_IMPL(curvlab, Meta, m) { m.impl("multi_tensor_norms", curvlab::nor
 TORCH_LIBRARY_IMPL(curvlab, CompositeExplicitAutograd, m) {
     m.impl("multi_tensor_norms", curvlab::norms::multi_tensor_norms_other);
 }
-TORCH_LIBRARY_IMPL(curvlab, Autograd, m) {
-    m.impl("multi_tensor_norms", torch::autograd::autogradNotImplementedFallback());
-}
+TORCH_LIBRARY_IMPL(curvlab, Autograd, m) { m.impl("multi_tensor_norms", curvlab::norms::multi_tensor_norms_autograd); }

@@ -21,7 +21,7 @@ inline ElementType element_type(at::ScalarType type) {
     }
 }
 
-// What the arguments say, values and devices aside: also the check of the fake kernels. `Sizes` compares shapes, which
+// What the arguments say, values and devices aside: also the check of the fake kernels. `same_shape` compares shapes, which
 // may be symbolic there.
 template <class SameShape>
 NormMode check_norm_lists(at::TensorList tensors, at::TensorList reference, bool l2_only, SameShape same_shape) {
@@ -38,8 +38,8 @@ NormMode check_norm_lists(at::TensorList tensors, at::TensorList reference, bool
         check_floating(argument, reference[i]);
         check_same_device(argument, reference[i], tensors[0]);
         TORCH_CHECK_TYPE(reference[i].scalar_type() == tensors[i].scalar_type(), argument, " must be ",
-                         c10::toString(tensors[i].scalar_type()), " like tensors[", i, "], got ",
-                         c10::toString(reference[i].scalar_type()));
+                         dtype_name(tensors[i].scalar_type()), " like tensors[", i, "], got ",
+                         dtype_name(reference[i].scalar_type()));
         TORCH_CHECK_VALUE(same_shape(tensors[i], reference[i]), argument, " must have shape ", tensors[i].sym_sizes(),
                           " like tensors[", i, "], got ", reference[i].sym_sizes());
     }
