@@ -24,8 +24,10 @@ constexpr int kLanes = 2;  // SSE2, NEON
 
 typedef double DoubleLanes __attribute__((vector_size(kLanes * 8)));
 typedef float FloatLanes __attribute__((vector_size(kLanes * 4)));
+typedef float FullFloatLanes __attribute__((vector_size(kLanes * 8)));  // a whole register of floats
 typedef std::int64_t Int64Lanes __attribute__((vector_size(kLanes * 8)));
 typedef std::int32_t Int32Lanes __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t FullInt32Lanes __attribute__((vector_size(kLanes * 8)));
 typedef std::uint32_t UInt32Lanes __attribute__((vector_size(kLanes * 4)));
 typedef std::uint16_t UInt16Lanes __attribute__((vector_size(kLanes * 2)));
 
@@ -53,6 +55,10 @@ CURVLAB_INLINE FloatLanes absolute(FloatLanes lanes) {
     return reinterpret_cast<FloatLanes>(reinterpret_cast<Int32Lanes>(lanes) & 0x7fffffff);
 }
 
+CURVLAB_INLINE FullFloatLanes absolute(FullFloatLanes lanes) {
+    return reinterpret_cast<FullFloatLanes>(reinterpret_cast<FullInt32Lanes>(lanes) & 0x7fffffff);
+}
+
 CURVLAB_INLINE DoubleLanes absolute(DoubleLanes lanes) {
     return reinterpret_cast<DoubleLanes>(reinterpret_cast<Int64Lanes>(lanes) & INT64_C(0x7fffffffffffffff));
 }
@@ -63,6 +69,16 @@ CURVLAB_INLINE FloatLanes larger(FloatLanes value, FloatLanes old) {
     return _mm256_max_ps(value, old);
 #elif defined(CURVLAB_CPU_CAPABILITY_AVX2)
     return _mm_max_ps(value, old);
+#else
+    return value > old ? value : old;
+#endif
+}
+
+CURVLAB_INLINE FullFloatLanes larger(FullFloatLanes value, FullFloatLanes old) {
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+    return _mm512_max_ps(value, old);
+#elif defined(CURVLAB_CPU_CAPABILITY_AVX2)
+    return _mm256_max_ps(value, old);
 #else
     return value > old ? value : old;
 #endif

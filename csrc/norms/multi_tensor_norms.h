@@ -55,56 +55,27 @@ inline std::int64_t assign_cuda_chunks(NormEntry* entries, std::int64_t tensors)
   return assign_chunks(entries, tensors, cuda_chunk_count);
 }
 
-// Running sums over one tensor or a part of it. Wide is double or a vector of doubles, Narrow what the elements are
-// held in (float or double, or a vector of them), Count an integer of the same lanes.
-template <class Wide, class Narrow, class Count>
+// Running sums over one tensor or a part of it, in double or in vectors of doubles.
+template <class Wide>
 struct RunningSums {
     Wide l1, l2, distance, inner, reference;
-    Narrow linf;
-    Count nonzeros;
 
     // Member by member: default initializers of vectors made g++ 12 clear the whole object in memory (rep stos).
-    CURVLAB_HD void clear() {
-        l1 = l2 = distance = inner = reference = Wide{};
-        linf = Narrow{};
-        nonzeros = Count{};
-    }
+    CURVLAB_HD void clear() { l1 = l2 = distance = inner = reference = Wide{}; }
 };
 
-CURVLAB_HD float magnitude(float value) { return fabsf(value); }
-CURVLAB_HD double magnitude(double value) { return fabs(value); }
-
-// What the accumulation step asks of the type that elements are held in (float or double); the CPU kernel adds its
-// vectors of them.
-template <class Narrow>
-struct Arithmetic {
-    static CURVLAB_HD double widen(Narrow value) { return value; }
-    static CURVLAB_HD double magnitude_of_wide(double value) { return magnitude(value); }
-    static CURVLAB_HD Narrow max_magnitude(Narrow value, Narrow old) {
-        const Narrow size = magnitude(value);
-        return size > old ? size : old;
-    }
-    static CURVLAB_HD void count_nonzeros(int& count, Narrow value) { count += value != Narrow(0); }
-};
-
-// The accumulation step. linf drops a NaN here; l1, a sum of terms >= 0, is NaN exactly if some x is, and keep_nan()
-// below uses that: one comparison a chunk instead of one an element.
-template <NormMode mode, class Wide, class Narrow, class Count>
-CURVLAB_HD void accumulate(RunningSums<Wide, Narrow, Count>& sums, Narrow x, Narrow reference) {
-    using Held = Arithmetic<Narrow>;
-    const Wide wide = Held::widen(x);
-    sums.l2 += wide * wide;
-    if constexpr (mode != NormMode::kL2Only) {
-        sums.l1 += Held::magnitude_of_wide(wide);
-        sums.linf = Held::max_magnitude(x, sums.linf);
-        Held::count_nonzeros(sums.nonzeros, x);
-    }
+// The accumulation step. linf and nonzeros need no double: the kernels take them from the elements as they are. Their
+// max may drop a NaN: l1, a sum of terms >= 0, is NaN exactly if some x is, and keep_nan() puts it back, one comparison
+// a chunk instead of one an element.
+template <NormMode mode, class Wide>
+CURVLAB_HD void accumulate(RunningSums<Wide>& sums, Wide x, Wide magnitude, Wide reference) {
+    sums.l2 += x * x;
+    if constexpr (mode != NormMode::kL2Only) sums.l1 += magnitude;
     if constexpr (mode == NormMode::kWithReference) {
-        const Wide wide_reference = Held::widen(reference);
-        const Wide difference = wide - wide_reference;
+        const Wide difference = x - reference;
         sums.distance += difference * difference;
-        sums.inner += wide * wide_reference;
-        sums.reference += wide_reference * wide_reference;
+        sums.inner += x * reference;
+        sums.reference += reference * reference;
     }
 }
 

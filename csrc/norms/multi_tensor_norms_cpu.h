@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/simd.h"
 #include "norms/cpu_kernels.h"
@@ -11,46 +12,38 @@
 
 namespace curvlab::norms {
 
-template <>
-struct Arithmetic<CURVLAB_CPU_CAPABILITY::FloatLanes> {
-    using Narrow = CURVLAB_CPU_CAPABILITY::FloatLanes;
-    using Wide = CURVLAB_CPU_CAPABILITY::DoubleLanes;
-    using Count = CURVLAB_CPU_CAPABILITY::Int32Lanes;
-    static CURVLAB_HD Wide widen(Narrow value) { return CURVLAB_CPU_CAPABILITY::widen_float(value); }
-    static CURVLAB_HD Wide magnitude_of_wide(Wide value) { return CURVLAB_CPU_CAPABILITY::absolute(value); }
-    static CURVLAB_HD Narrow max_magnitude(Narrow value, Narrow old) {
-        return CURVLAB_CPU_CAPABILITY::larger(CURVLAB_CPU_CAPABILITY::absolute(value), old);
-    }
-    static CURVLAB_HD void count_nonzeros(Count& count, Narrow value) { count -= value != 0.0f; }
-};
-
-template <>
-struct Arithmetic<CURVLAB_CPU_CAPABILITY::DoubleLanes> {
-    using Wide = CURVLAB_CPU_CAPABILITY::DoubleLanes;
-    using Count = CURVLAB_CPU_CAPABILITY::Int64Lanes;
-    static CURVLAB_HD Wide widen(Wide value) { return value; }
-    static CURVLAB_HD Wide magnitude_of_wide(Wide value) { return CURVLAB_CPU_CAPABILITY::absolute(value); }
-    static CURVLAB_HD Wide max_magnitude(Wide value, Wide old) {
-        return CURVLAB_CPU_CAPABILITY::larger(CURVLAB_CPU_CAPABILITY::absolute(value), old);
-    }
-    static CURVLAB_HD void count_nonzeros(Count& count, Wide value) { count -= value != 0.0; }
-};
-
 namespace CURVLAB_CPU_CAPABILITY {
 
 using namespace curvlab::CURVLAB_CPU_CAPABILITY;
 
+constexpr int kStep = 2 * kLanes;           // elements a step: two independent sets of running sums
+constexpr std::int64_t kPrefetchBytes = 2048;  // ahead; 6.3 -> 4.4 ms without, 9.0 -> 6.7 ms with a reference (11 M floats)
+
+// What linf and nonzeros are taken from: whole registers of floats, or what the conversion to float leaves.
 template <class scalar_t>
-struct Lanes {  // float, and the 16-bit types held as float
+struct Held {
     using Narrow = FloatLanes;
     using Count = Int32Lanes;
     static constexpr int kChain = 256;  // a whole chunk: float products are exact in double, 256 additions err 3e-14
 };
 template <>
-struct Lanes<double> {
+struct Held<float> {
+    using Narrow = FullFloatLanes;
+    using Count = FullInt32Lanes;
+    static constexpr int kChain = 256;
+};
+template <>
+struct Held<double> {
     using Narrow = DoubleLanes;
     using Count = Int64Lanes;
     static constexpr int kChain = 32;  // additions in a row, so that constant data keeps 1e-14
+};
+
+template <class scalar_t>
+struct LaneSums {
+    RunningSums<DoubleLanes> sums[2];
+    typename Held<scalar_t>::Narrow linf;
+    typename Held<scalar_t>::Count nonzeros;
 };
 
 CURVLAB_INLINE FloatLanes load(const float* x) { return load_lanes<FloatLanes>(x); }
@@ -58,43 +51,54 @@ CURVLAB_INLINE DoubleLanes load(const double* x) { return load_lanes<DoubleLanes
 CURVLAB_INLINE FloatLanes load(const BFloat16Bits* x) { return widen_bfloat16(load_lanes<UInt16Lanes>(x)); }
 CURVLAB_INLINE FloatLanes load(const Float16Bits* x) { return widen_float16(load_lanes<UInt16Lanes>(x)); }
 
-template <class scalar_t>
-using LaneSums = RunningSums<DoubleLanes, typename Lanes<scalar_t>::Narrow, typename Lanes<scalar_t>::Count>;
+CURVLAB_INLINE DoubleLanes widen(FloatLanes lanes) { return widen_float(lanes); }
+CURVLAB_INLINE DoubleLanes widen(DoubleLanes lanes) { return lanes; }
 
-constexpr int kStep = 2 * kLanes;  // elements a step: two independent sets of running sums
-
-template <class scalar_t, NormMode mode>
-CURVLAB_INLINE void accumulate_step(LaneSums<scalar_t> (&sums)[2], const scalar_t* x, const scalar_t* reference) {
-    typename Lanes<scalar_t>::Narrow references[2] = {};
-    if constexpr (mode == NormMode::kWithReference) {
-        references[0] = load(reference);
-        references[1] = load(reference + kLanes);
-    }
-    accumulate<mode>(sums[0], load(x), references[0]);
-    accumulate<mode>(sums[1], load(x + kLanes), references[1]);
+// Through an integer: the address may lie behind the tensor, which a prefetch forgives and pointer arithmetic does not.
+CURVLAB_INLINE void prefetch_ahead(const void* pointer) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(pointer) + kPrefetchBytes));
 }
 
-// Moves the sums to `total`, so that the next ones start from zero.
-template <class Sums>
-CURVLAB_INLINE void flush(Sums& total, Sums (&sums)[2]) {
+template <class Narrow, class Count>
+CURVLAB_INLINE void accumulate_narrow(Narrow& linf, Count& nonzeros, Narrow x) {
+    linf = larger(absolute(x), linf);
+    nonzeros -= x != Narrow{};  // a true comparison is -1
+}
+
+template <class scalar_t, NormMode mode>
+CURVLAB_INLINE void accumulate_step(LaneSums<scalar_t>& total, const scalar_t* x, const scalar_t* reference) {
+    for (int half = 0; half < 2; ++half) {
+        const auto narrow = load(x + half * kLanes);
+        const DoubleLanes wide = widen(narrow);
+        DoubleLanes wide_reference{};
+        if constexpr (mode == NormMode::kWithReference) wide_reference = widen(load(reference + half * kLanes));
+        accumulate<mode>(total.sums[half], wide, absolute(wide), wide_reference);
+        if constexpr (mode != NormMode::kL2Only && !std::is_same_v<scalar_t, float>) {
+            accumulate_narrow(total.linf, total.nonzeros, narrow);
+        }
+    }
+    if constexpr (mode != NormMode::kL2Only && std::is_same_v<scalar_t, float>) {
+        accumulate_narrow(total.linf, total.nonzeros, load_lanes<FullFloatLanes>(x));
+    }
+}
+
+// Moves the running sums to `total`, so that the next ones start from zero.
+CURVLAB_INLINE void flush(RunningSums<DoubleLanes>& total, RunningSums<DoubleLanes> (&sums)[2]) {
     total.l1 += sums[0].l1 + sums[1].l1;
     total.l2 += sums[0].l2 + sums[1].l2;
     total.distance += sums[0].distance + sums[1].distance;
     total.inner += sums[0].inner + sums[1].inner;
     total.reference += sums[0].reference + sums[1].reference;
-    for (int i = 0; i < 2; ++i) {
-        total.linf = larger(sums[i].linf, total.linf);
-        total.nonzeros += sums[i].nonzeros;
-        sums[i].clear();
-    }
+    sums[0].clear();
+    sums[1].clear();
 }
 
-template <class Sums>
-CURVLAB_INLINE void store(const Sums& total, ChunkRow* row) {
+template <class scalar_t>
+CURVLAB_INLINE void store(const RunningSums<DoubleLanes>& total, const LaneSums<scalar_t>& lanes, ChunkRow* row) {
     double linf = 0.0, nonzeros = 0.0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        linf = total.linf[lane] > linf ? total.linf[lane] : linf;
-        nonzeros += static_cast<double>(total.nonzeros[lane]);
+    for (std::size_t lane = 0; lane < sizeof lanes.linf / sizeof lanes.linf[0]; ++lane) {
+        linf = lanes.linf[lane] > linf ? lanes.linf[lane] : linf;
+        nonzeros += static_cast<double>(lanes.nonzeros[lane]);
     }
     const double l1 = sum_lanes(total.l1);
     row->values[kL1] = l1;
@@ -110,17 +114,24 @@ template <class scalar_t, NormMode mode>
 static void sum_chunk(const void* x_data, const void* reference_data, std::int64_t n, ChunkRow* row) {
     const scalar_t* x = static_cast<const scalar_t*>(x_data);
     const scalar_t* reference = static_cast<const scalar_t*>(reference_data);
-    LaneSums<scalar_t> total, sums[2];
+    RunningSums<DoubleLanes> total;
+    LaneSums<scalar_t> lanes;
     total.clear();
-    sums[0].clear();
-    sums[1].clear();
+    lanes.sums[0].clear();
+    lanes.sums[1].clear();
+    lanes.linf = typename Held<scalar_t>::Narrow{};
+    lanes.nonzeros = typename Held<scalar_t>::Count{};
     std::int64_t i = 0;
     const std::int64_t whole = n - n % kStep;
     while (i < whole) {
-        const std::int64_t chain = Lanes<scalar_t>::kChain * kStep;
+        const std::int64_t chain = Held<scalar_t>::kChain * kStep;
         const std::int64_t end = i + chain < whole ? i + chain : whole;
-        for (; i < end; i += kStep) accumulate_step<scalar_t, mode>(sums, x + i, reference + i);
-        flush(total, sums);
+        for (; i < end; i += kStep) {
+            prefetch_ahead(x + i);
+            if constexpr (mode == NormMode::kWithReference) prefetch_ahead(reference + i);
+            accumulate_step<scalar_t, mode>(lanes, x + i, mode == NormMode::kWithReference ? reference + i : nullptr);
+        }
+        flush(total, lanes.sums);
     }
     if (i < n) {  // the rest, filled up with zeros: they add nothing to any column
         scalar_t rest[kStep] = {}, rest_reference[kStep] = {};
@@ -128,10 +139,10 @@ static void sum_chunk(const void* x_data, const void* reference_data, std::int64
         if constexpr (mode == NormMode::kWithReference) {
             memcpy(rest_reference, reference + i, static_cast<std::size_t>(n - i) * sizeof(scalar_t));
         }
-        accumulate_step<scalar_t, mode>(sums, rest, rest_reference);
-        flush(total, sums);
+        accumulate_step<scalar_t, mode>(lanes, rest, rest_reference);
+        flush(total, lanes.sums);
     }
-    store(total, row);
+    store(total, lanes, row);
 }
 
 #define CURVLAB_NORM_CHUNKS(mode) \

@@ -21,8 +21,23 @@ constexpr int kLoadsInFlight = 4;               // a thread, and as many of the 
 constexpr std::int64_t kChunksPerThread = 8;    // tensors of at most so many chunks are finished by one thread,
 constexpr std::int64_t kChunksPerWarp = 8 * 32; // of at most so many by one warp, larger ones by the last block
 
-template <class Held>
-using ThreadSums = RunningSums<double, Held, int>;
+// A thread's share; elements are held as held_t, float or double.
+template <class held_t>
+struct ThreadSums : RunningSums<double> {
+    held_t linf;
+    int nonzeros;
+};
+
+template <NormMode mode, class held_t>
+__device__ __forceinline__ void accumulate_element(ThreadSums<held_t>& sums, held_t x, held_t reference) {
+    const double wide = x;  // converted once: conversions run at a quarter of the rate of double additions
+    accumulate<mode, double>(sums, wide, fabs(wide), reference);
+    if constexpr (mode != NormMode::kL2Only) {
+        const held_t size = x < held_t(0) ? -x : x;
+        sums.linf = size > sums.linf ? size : sums.linf;
+        sums.nonzeros += x != held_t(0);
+    }
+}
 
 // A strided share of n elements; x and reference (if any) start at the same offset from a 16-byte boundary, or are
 // read one element at a time.
@@ -35,7 +50,7 @@ __device__ __forceinline__ void accumulate_elements(ThreadSums<typename Held<sca
     for (std::int64_t i = begin + threadIdx.x; i < end; i += kNormsBlockSize) {
         held_t r{};
         if constexpr (mode == NormMode::kWithReference) r = load_element(reference[i]);
-        accumulate<mode>(sums, static_cast<held_t>(load_element(x[i])), r);
+        accumulate_element<mode>(sums, static_cast<held_t>(load_element(x[i])), r);
     }
 }
 
@@ -47,7 +62,7 @@ __device__ __forceinline__ void accumulate_load(ThreadSums<typename Held<scalar_
     unpack(x, values, scalar_t{});
     if constexpr (mode == NormMode::kWithReference) unpack(reference, references, scalar_t{});
 #pragma unroll
-    for (int i = 0; i < kPerLoad<scalar_t>; ++i) accumulate<mode>(sums, values[i], references[i]);
+    for (int i = 0; i < kPerLoad<scalar_t>; ++i) accumulate_element<mode>(sums, values[i], references[i]);
 }
 
 // `loads` 16-byte loads from aligned pointers, several in flight.
@@ -91,9 +106,12 @@ __device__ __forceinline__ void accumulate_chunk(const NormEntry& entry, std::in
 
     ThreadSums<typename Held<scalar_t>::type> sums;
     sums.clear();
+    sums.linf = 0;
+    sums.nonzeros = 0;
     accumulate_elements<scalar_t, mode>(sums, x, reference, 0, head);
+    const scalar_t* aligned_reference = mode == NormMode::kWithReference ? reference + head : nullptr;
     accumulate_loads<scalar_t, mode>(sums, reinterpret_cast<const uint4*>(x + head),
-                                     reinterpret_cast<const uint4*>(reference + head), static_cast<int>(loads));
+                                     reinterpret_cast<const uint4*>(aligned_reference), static_cast<int>(loads));
     accumulate_elements<scalar_t, mode>(sums, x, reference, tail, n);
 
     row[kL1] = sums.l1;
