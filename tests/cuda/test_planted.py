@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the verification itself: ten faults planted in three kernels, and who must find each.
+"""Tests of the verification itself: eleven faults planted in three kernels, and who must find each.
 
 A fault that "values" finds gives a wrong result under at least one order; "report" is a message with the source line.
-Faults 7, 8 and 9 give right values on any sequential emulation: they are why the sanitizer and PTX levels exist. The
+Faults 7, 8, 9 and 11 give right values on any sequential emulation: they are why the sanitizer and PTX levels exist. The
 kernels without a fault must pass everywhere. Fault numbers: 1 no barrier between write and read; 2 lanes skip a shuffle
 whose mask names them; 3 float4 loop one too far; 4 shared tile partly unwritten; 5 no barrier before a tile is
 overwritten; 6 early return before a barrier; 7 no fence before the ticket; 8 plain update of a global by many threads;
-9 misaligned float4; 10 write behind dynamic shared memory.
+9 misaligned float4; 10 write behind dynamic shared memory; 11 the fence comes after the ticket.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.cuda.harness import build
 
 ORDERS = {"forward": ("0", "0"), "reverse": ("1", "0"), "random 1": ("2", "1"), "random 2": ("2", "2")}
 RIGHT, WRONG_VALUES, STOPPED, SANITIZER = 0, 3, 4, 66
-FILES = {"row_normalize": (1, 2, 3, 9), "gram": (4, 5, 6), "ticket_sum": (7, 8, 10)}
+FILES = {"row_normalize": (1, 2, 3, 9), "gram": (4, 5, 6), "ticket_sum": (7, 8, 10, 11)}
 
 
 def run(fault: int, order: str, sanitizer: str = "") -> subprocess.CompletedProcess[str]:
@@ -83,7 +83,7 @@ def test_an_early_return_before_a_barrier_is_named(order: str) -> None:
     assert_reported(run(6, order), 6, STOPPED, "__syncthreads at ")
 
 
-@pytest.mark.parametrize("fault", [7, 8, 9])
+@pytest.mark.parametrize("fault", [7, 8, 9, 11])
 def test_what_only_the_other_levels_can_find(fault: int) -> None:
     """Should the plain level ever find these, the table in the docstring is out of date."""
     assert {run(fault, order).returncode for order in ORDERS} == {RIGHT}
@@ -119,7 +119,7 @@ def test_asan_and_ubsan_name_bad_accesses(fault: int, words: str, order: str) ->
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("fault", [1, 5, 7, 8])
+@pytest.mark.parametrize("fault", [1, 5, 7, 8, 11])
 def test_tsan_names_races(fault: int, order: str) -> None:
     assert_reported(run(fault, order, "thread"), fault, SANITIZER, "data race")
 

@@ -126,17 +126,21 @@ def _host_build(name: str, sources: Iterable[Path], flags: Sequence[str]) -> Pat
     return _built(name, compiler, [*_HOST_FLAGS, *flags, *files], lambda out: [compiler, "-o", str(out)])
 
 
-def ptx(source: Path, arch: str) -> Path:
-    """PTX of a .cu file for a virtual architecture such as ``compute_80``, with source lines."""
+def ptx(source: Path, arch: str, *, fuse: bool = True) -> Path:
+    """PTX of a .cu file for a virtual architecture such as ``compute_80``, with source lines.
+
+    ``fuse=False`` keeps nvcc from making fma of a product and a sum, as the host harness does not either.
+    """
     compiler = _need(nvcc(), "nvcc")
-    flags = ["-std=c++17", "-lineinfo", f"-arch={arch}", "-ptx", f"-I{ROOT / 'csrc'}", str(source)]
+    flags = ["-O3", "-std=c++20", "-lineinfo", f"-arch={arch}", "-ptx", f"-I{ROOT / 'csrc'}", str(source)]
+    flags += [] if fuse else ["-fmad=false"]
     return _built(f"{source.stem}-{arch}.ptx", compiler, flags, lambda out: [compiler, "-o", str(out)])
 
 
 def cubin(source: Path, arch: str) -> tuple[Path, str]:
     """Machine code of a .cu file for an architecture such as ``sm_80``, and what ptxas says about its resources."""
     compiler = _need(nvcc(), "nvcc")
-    flags = ["-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", str(source)]
+    flags = ["-O3", "-std=c++20", f"-arch={arch}", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", str(source)]
     out = _built(f"{source.stem}-{arch}.cubin", compiler, flags, lambda out: [compiler, "-o", str(out)])
     return out, out.with_name(out.name + ".log").read_text()
 

@@ -93,6 +93,8 @@ bool run(int fault) {
       return row_normalize<9>(3, 257);
     case 10:
       return ticket_sum<10>(5, 1003);
+    case 11:
+      return ticket_sum<11>(5, 1003);
   }
   std::fprintf(stderr, "no fault %d\n", fault);
   return false;

@@ -26,7 +26,7 @@ __device__ float block_sum(float v) {
     if (kFault != 2 || lane < 16) v = warp_sum<kFault>(v);  // fault 2: the mask names the lanes that skip it
     if (lane == 0) total = v;
   }
-  __syncthreads();
+  __syncthreads();  // where the lanes of fault 2 wait meanwhile
   return total;
 }
 

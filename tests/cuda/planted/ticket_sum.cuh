@@ -23,12 +23,13 @@ __global__ void ticket_sum_kernel(const float* __restrict__ x, int n, double* __
   }
   if (threadIdx.x == 0) {
     partial[blockIdx.x] = scratch[0];
-    if constexpr (kFault != 7) __threadfence();
+    if constexpr (kFault != 7 && kFault != 11) __threadfence();
     is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
+    if constexpr (kFault == 11) __threadfence();  // too late: another block may have drawn the last ticket since
   }
   __syncthreads();
   if (!is_last) return;
+  __threadfence();
   if constexpr (kFault == 8) {
     if (threadIdx.x == 0) *sum = 0.0;
     __syncthreads();
@@ -38,7 +39,7 @@ __global__ void ticket_sum_kernel(const float* __restrict__ x, int n, double* __
   } else if (threadIdx.x == 0) {
     double total = 0.0;
     for (unsigned i = 0; i < gridDim.x; ++i) {
-      total += partial[i];  // fault 7: nothing orders this read after the write
+      total += partial[i];  // fault 7, fault 11: nothing orders this read after the write
     }
     *sum = total;
   }
