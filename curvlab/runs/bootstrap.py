@@ -77,8 +77,8 @@ def hierarchical_bootstrap(
     With S ≥ 8 seeds the interval is that of ``draws`` resamples of seeds and of images (the same images for all seeds),
     their spread scaled to √V: plain resampling of crossed factors counts the residual up to three times (the pigeonhole
     bootstrap; Owen, Ann. Appl. Stat. 1 (2007)), which for 0/1 scores of a few seeds is most of the variance. Below 8
-    seeds it is mean ± t(df) · √V with Satterthwaite's df (Biometrics Bull. 2 (1946)). With S = 1 the seeds' noise cannot
-    be known: the interval covers the images' alone, and the method says so.
+    seeds it is mean ± t(df) · √V with Satterthwaite's df (Biometrics Bull. 2 (1946)). With S = 1 the seeds' noise is
+    unknown: the interval covers the images' alone, and the method says so.
 
     Args:
         scores: per seed and test image, for example 0/1 correctness, ``[S, N]``, N ≥ 2.

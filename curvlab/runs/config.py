@@ -102,8 +102,7 @@ def parse_overrides(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
         if path in changes:
             raise ValueError(f"parse_overrides: field {path} is given twice, the second time as {override!r}")
         changes[path] = _parse_value(_hint_at(config, path), text, path)
-    changed = config
-    for path, value in changes.items():
+    for path in changes:
         if any(other.startswith(f"{path}.") for other in changes):
             raise ValueError(f"parse_overrides: {path} and one of its fields are both given")
     changed = _replace(config, changes)

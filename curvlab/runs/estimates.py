@@ -124,7 +124,7 @@ def mean_interval(
 def geometric_mean_interval(
     values: ArrayLike, *, level: float = 0.95, pooled_sd: float | None = None, df: int | None = None
 ) -> Estimate:
-    """exp of :func:`mean_interval` of log y: for positive quantities whose spread grows with their size."""
+    """Exp of :func:`mean_interval` of log y: for positive quantities whose spread grows with their size."""
     y = check_values(values, "geometric_mean_interval", positive=True)
     return _exp(mean_interval(np.log(y), level=level, pooled_sd=pooled_sd, df=df), "geometric ")
 

@@ -32,7 +32,7 @@ from curvlab.runs.tables import format_number
 SERIES = ("#2b7bcb", "#d55e00", "#008f6b", "#b0569b", "#8a7400", "#5f7485")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib: the same metrics everywhere
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -81,6 +81,11 @@ class Figure:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(f"Figure: name must be lower-case letters, digits, - and _, got {self.name!r}")
+        # The layout is made once and then kept: made again for each format it moves by fractions of a pixel, and the
+        # same figure would not give the same bytes.
+        with matplotlib.rc_context(STYLE):
+            self.draw.draw_without_rendering()
+        self.draw.set_layout_engine("none")
 
     def svg(self, prefix: str = "") -> str:
         """An ``<svg>`` element for a page: neutral colors follow the page's text, ids carry ``prefix`` and the name."""
@@ -103,7 +108,9 @@ class Figure:
 
     def save_png(self, path: Path | str, *, dpi: int = 200) -> Path:
         """For a README: on white, since an image cannot follow its page."""
-        atomic_save(Path(path), lambda temporary: temporary.write_bytes(self._render("png", dpi=dpi, facecolor="white")))
+        atomic_save(
+            Path(path), lambda temporary: temporary.write_bytes(self._render("png", dpi=dpi, facecolor="white"))
+        )
         return Path(path)
 
     def _render(self, kind: str, **options: Any) -> bytes:
@@ -117,7 +124,7 @@ class Figure:
 def new_figure(
     rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None = None
 ) -> tuple[MatplotlibFigure, list[Axes]]:
-    """A styled figure and its panels, row by row. ``size`` in inches; default 6.2 × 3.9 (one), 4.4 × 3.5 each (more)."""
+    """A styled figure and its panels, row by row. ``size`` in inches; default 6.2 × 3.9 (one), 4.4 × 3.5 each."""
     wide, high = size or ((6.2, 3.9) if rows * columns == 1 else (4.4 * columns, 3.5 * rows))
     with matplotlib.rc_context(STYLE):
         figure = MatplotlibFigure(figsize=(wide, high), layout="constrained")
@@ -176,8 +183,7 @@ def plot_groups(
     shown = {x: (intervals or {}).get(x) or average(values) for x, values in sorted(groups.items())}
     xs, means = list(shown), [e.value for e in shown.values()]
     axes.plot(xs, means, color=color, marker="", linestyle="-" if connect else "none", alpha=0.55, zorder=2)
-    for x, values in groups.items():
-        _plot_seeds(axes, x, values, color)
+    _plot_seeds(axes, groups, color)
     held = {x: e for x, e in shown.items() if e.has_interval and np.isfinite([e.low, e.high]).all()}
     if held:
         lows = [max(0.0, e.value - e.low) for e in held.values()]
@@ -189,17 +195,20 @@ def plot_groups(
     axes.plot(xs, means, marker=marker, linestyle="none", color=color, markersize=5.5, zorder=5, label=label or None)
 
 
-def _plot_seeds(axes: Axes, x: float, values: Sequence[float], color: str) -> None:
+def _plot_seeds(axes: Axes, groups: Mapping[float, Sequence[float]], color: str) -> None:
     """Each seed a dot, fanned out to the right of its mean (7 to 13 points), where the mean's marker would hide it."""
-    for index, value in enumerate(values):
-        shift = 7 + (6 * index / (len(values) - 1) if len(values) > 1 else 0)
-        moved = axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
-        axes.plot([x], [value], ".", color=color, alpha=0.7, markersize=4.5, markeredgewidth=0, zorder=3, transform=moved)
+    most = max((len(values) for values in groups.values()), default=0)
+    for seed in range(most):
+        here = {x: values[seed] for x, values in groups.items() if len(values) > seed}
+        shift = (7 + 6 * seed / max(1, most - 1)) / 72
+        moved = axes.transData + ScaledTranslation(shift, 0, axes.figure.dpi_scale_trans)
+        axes.plot(
+            list(here), list(here.values()), ".", color=color, alpha=0.7, markersize=4.5, markeredgewidth=0, zorder=3,
+            transform=moved,
+        )  # fmt: skip
 
 
-def plot_fit(
-    axes: Axes, fit: LogLogFit, low: float, high: float, *, series: int = 0, label: str | None = None
-) -> None:
+def plot_fit(axes: Axes, fit: LogLogFit, low: float, high: float, *, series: int = 0, label: str | None = None) -> None:
     """The fitted power law between x = low and high, with its 95 % band; the label defaults to the slope's interval."""
     color = SERIES[series % len(SERIES)]
     x = np.geomspace(low, high, 60)

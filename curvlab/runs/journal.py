@@ -178,8 +178,8 @@ class Journal:
                 item = None
             if not isinstance(item, dict):
                 raise RunStoreError(
-                    f"RunStore: {self.path} line {number} is not a row ({line[:60]!r}): the file was edited or damaged; "
-                    "move its folder away and run again"
+                    f"RunStore: {self.path} line {number} is not a row ({line[:60]!r}): the file was edited or "
+                    "damaged; move its folder away and run again"
                 )
             objects.append(item)
         return objects

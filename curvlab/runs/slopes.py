@@ -96,7 +96,9 @@ def loglog_fit(
         raise ValueError(f"loglog_fit: y must have {log_x.size} values like x, got {log_y.size}")
     method = "clusters" if clusters is not None else method
     if method not in METHODS or (method == "clusters" and clusters is None):
-        raise ValueError(f"loglog_fit: method must be one of {', '.join(METHODS)} (the last with labels), got {method!r}")
+        raise ValueError(
+            f"loglog_fit: method must be one of {', '.join(METHODS)} (the last with labels), got {method!r}"
+        )
     slope, intercept = _line(log_x, log_y)
     center, spread = float(log_x.mean()), float(((log_x - log_x.mean()) ** 2).sum())
     sigma, df, how = _error(log_x, log_y - intercept - slope * log_x, method)
@@ -129,7 +131,11 @@ def _error(log_x: Array, residuals: Array, method: str) -> tuple[float, int, str
         means = np.bincount(inverse, weights=residuals) / counts
         lack = float((counts * means**2).sum()) / (levels.size - 2)
         if lack > square:
-            return math.sqrt(lack), levels.size - 2, f"lack-of-fit error of the {levels.size} means (df={levels.size - 2})"
+            return (
+                math.sqrt(lack),
+                levels.size - 2,
+                f"lack-of-fit error of the {levels.size} means (df={levels.size - 2})",
+            )
     return sigma, df, how
 
 

@@ -12,29 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from curvlab.runs.config import canonical, identity, identity_hash, run_name
 from curvlab.runs.environment import capture_environment
-from curvlab.runs.journal import Journal, RunStoreError, atomic_save, atomic_write, explain, read_json, writer_lock
+from curvlab.runs.journal import Journal, RunStoreError, atomic_write, explain, read_json, writer_lock
+from curvlab.runs.rows import Row, decode_row, encode_row, export_parquet, flat_factors
 
 __all__ = ["FORMAT", "Row", "Run", "RunStore", "RunStoreError", "collect", "export_parquet"]
 
 # Version of the folder's layout, in run.json. Readers refuse any other, naming the file.
 FORMAT = 1
-
-Row = dict[str, Any]
-
-# JSON has no NaN and no infinity, and a diverged loss is a result: in `value`, and only there, they are these texts.
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class RunStore:
@@ -149,6 +142,9 @@ class Run:
             RunStoreError: another process writes this run; the message names its pid.
         """
         with writer_lock(self.path / "lock"):
+            for leftover in self.path.glob(".*.json.*.tmp"):  # of a killed writer: we are the only one now
+                with suppress(OSError):
+                    leftover.unlink()
             self._session = (time.perf_counter(), time.process_time())
             try:
                 yield self
@@ -166,7 +162,7 @@ class Run:
                 nothing is written.
             RunStoreError: full disk, locked or finished run.
         """
-        encoded = [_encode(row, index) for index, row in enumerate(rows)]
+        encoded = [encode_row(row, index) for index, row in enumerate(rows)]
         with self._writing("append to"):
             if encoded:
                 self._journal.append(encoded)
@@ -188,7 +184,9 @@ class Run:
                     f"rows, now {data.count(10)}): it was edited or damaged; move the folder away and run again"
                 )
         unique: dict[str, Row] = {}
-        for row in map(_decode, self._journal.read()):
+        for number, row in enumerate(map(decode_row, self._journal.read()), start=1):
+            if "metric" not in row or "value" not in row:
+                raise RunStoreError(f"RunStore: {self._journal.path} line {number} lacks metric or value: not our row")
             key = json.dumps({name: item for name, item in row.items() if name != "value"}, sort_keys=True)
             unique[key] = row
         return list(unique.values())
@@ -279,103 +277,13 @@ def collect(store: RunStore, experiment: str, names: Iterable[str] | None = None
             continue
         if not run.finished:
             raise RunStoreError(f"RunStore: {run.path} is not finished; run the experiment again to resume it")
-        factors = {"run": run.name, **_flat(run.unit)}
+        factors = {"run": run.name, **flat_factors(run.unit)}
         rows += [{**factors, **row} for row in run.rows()]
         if wanted is not None:
             wanted.discard(run.name)
     if wanted:
         raise RunStoreError(f"RunStore: {store.root / experiment} holds no run named {sorted(wanted)[0]}")
     return rows
-
-
-def export_parquet(rows: Sequence[Mapping[str, Any]], path: Path | str) -> Path:
-    """Write rows as one Parquet file, atomically: factors in order of appearance, then step, metric, value (float64).
-
-    Raises:
-        ValueError: a column mixes text with numbers.
-        RunStoreError: full disk, no permission and the like; nothing is left half written.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = Path(path)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    last = [name for name in ("step", "metric", "value") if name in names or name != "step"]
-    columns = [name for name in names if name not in last] + last
-    fields = []
-    for name in columns:
-        kinds = {type(row[name]) for row in rows if row.get(name) is not None}
-        fields.append(pa.field(name, _arrow_type(name, kinds, pa)))
-    arrays = [pa.array([row.get(f.name) for row in rows], type=f.type) for f in fields]
-    table = pa.Table.from_arrays(arrays, schema=pa.schema(fields))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain(error, path.parent, "make the folder") from error
-    atomic_save(path, lambda temporary: pq.write_table(table, temporary))
-    return path
-
-
-# ---------------------------------------------------------------------------------------------- helpers
-
-
-def _arrow_type(name: str, kinds: set[type], pa: Any) -> Any:
-    if name == "value":
-        kinds = kinds | {float}
-    if kinds <= {bool}:
-        return pa.bool_() if kinds else pa.string()
-    if kinds <= {int}:
-        return pa.int64()
-    if kinds <= {int, float}:
-        return pa.float64()
-    if kinds <= {str}:
-        return pa.string()
-    listed = ", ".join(sorted(kind.__name__ for kind in kinds))
-    raise ValueError(f"export_parquet: column {name} must hold one kind of scalar, got {listed}")
-
-
-def _encode(row: Mapping[str, Any], index: int) -> Row:
-    for name in ("metric", "value"):
-        if name not in row:
-            raise ValueError(f"Run.append: row {index} must have 'metric' and 'value', got {sorted(row)}")
-    encoded = {name: _scalar(name, value, index) for name, value in row.items()}
-    if not isinstance(encoded["metric"], str):
-        raise TypeError(f"Run.append: row {index}: metric must be text, got {encoded['metric']!r}")
-    value = encoded["value"]
-    if isinstance(value, (bool, str)) or value is None:
-        raise TypeError(f"Run.append: row {index}: value must be a number, got {value!r}")
-    if not math.isfinite(value):
-        encoded["value"] = next(text for text, number in _NON_FINITE.items() if repr(number) == repr(float(value)))
-    return encoded
-
-
-def _scalar(name: str, value: Any, index: int) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if not isinstance(name, str) or not (value is None or isinstance(value, (bool, int, float, str))):
-        raise TypeError(
-            f"Run.append: row {index}: {name} must be a number, text, bool or None, got {type(value).__name__}"
-        )
-    if name != "value" and isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"Run.append: row {index}: factor {name} must be finite, got {value}")
-    return value
-
-
-def _decode(row: Row) -> Row:
-    value = row.get("value")
-    return {**row, "value": _NON_FINITE[value]} if isinstance(value, str) and value in _NON_FINITE else row
-
-
-def _flat(unit: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in unit.items():
-        if isinstance(value, dict) and set(value) == {"float"}:
-            flat[prefix + name] = float(value["float"])
-        elif isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = ",".join(map(str, value)) if isinstance(value, list) else value
-    return flat
 
 
 def _json_bytes(record: Mapping[str, Any]) -> bytes:

@@ -36,7 +36,9 @@ def format_number(value: float, digits: int = 4) -> str:
     exponent = math.floor(math.log10(abs(value)))
     if exponent < -4 or exponent >= 15:
         return _minus(f"{value:.{digits - 1}e}")
-    return _minus(f"{value:,.{max(0, digits - 1 - exponent)}f}" if abs(value) >= 10000 else _fixed(value, digits, exponent))
+    return _minus(
+        f"{value:,.{max(0, digits - 1 - exponent)}f}" if abs(value) >= 10000 else _fixed(value, digits, exponent)
+    )
 
 
 def format_estimate(estimate: Estimate, *, with_n: bool = True) -> str:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verdicts: one rule for every claim, decided by the estimate's interval and never by eye.
 
-*Reproduced*: the interval excludes the null value **and** (it holds the paper's value **or** the effect is at least half
-of the paper's). *Direction only*: the effect has the paper's sign, but one of these fails. *Not reproduced*: it has not.
-*Not testable at this preset*: nothing was measured. An estimate without interval (n = 1) reaches *Direction only* at best.
+*Reproduced*: the interval excludes the null value **and** (it holds the paper's value **or** the effect is at least
+half of the paper's). *Direction only*: the effect has the paper's sign, but one of these fails. *Not reproduced*: the
+sign is not the paper's. *Not testable at this preset*: nothing was measured. An estimate without interval (n = 1)
+reaches *Direction only* at best.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def judge_tolerance(
         null_value: the value of no effect, if the claim has one.
     """
     if not tolerance > 0 or not math.isfinite(paper_value):
-        raise ValueError(f"judge_tolerance: tolerance must be > 0 and paper_value finite, got {tolerance}, {paper_value}")
+        raise ValueError(
+            f"judge_tolerance: tolerance must be > 0 and paper_value finite, got {tolerance}, {paper_value}"
+        )
     if estimate is None or math.isnan(estimate.value):
         return ToleranceJudgement(Verdict.NOT_TESTABLE, None, "not measured")
     width = tolerance * abs(paper_value) if relative else tolerance

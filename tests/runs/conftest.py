@@ -38,9 +38,7 @@ HOSTILE = "<script>alert('no')</script> & \"quotes\""
 
 def movement_groups(seed: int = 0, power: float = -0.5, scale: float = 5.4) -> dict[float, list[float]]:
     rng = np.random.default_rng(seed)
-    return {
-        w: list(scale * w**power * np.exp(0.01 * rng.standard_normal(3 if w <= 1024 else 1))) for w in WIDTHS
-    }
+    return {w: list(scale * w**power * np.exp(0.01 * rng.standard_normal(3 if w <= 1024 else 1))) for w in WIDTHS}
 
 
 def movement_figure(name: str = "movement") -> Figure:
@@ -54,12 +52,14 @@ def movement_figure(name: str = "movement") -> Figure:
     plot_fit(axes, loglog_fit(x, y), 28, 4700)
     plot_published(axes, WIDTHS, PUBLISHED)
     add_legend(axes)
-    return Figure(name, "Movement falls as one over the root of the width", "Dots: seeds. Bars: 95 % intervals.", figure)
+    return Figure(
+        name, "Movement falls as one over the root of the width", "Dots: seeds. Bars: 95 % intervals.", figure
+    )
 
 
 def panels_figure() -> Figure:
-    figure, panels = new_figure(1, 3)
-    titles = ("Absolute movement", "Kernel drift", "Linearization error")
+    figure, panels = new_figure(1, 2)
+    titles = ("Absolute movement", "Kernel drift")
     for index, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         set_axes(axes, title=title, xlabel="width", log_x=True, log_y=True, x_ticks=(32, 128, 512, 2048))
         for series, label in enumerate(("standard", "NTK")):
@@ -67,7 +67,7 @@ def panels_figure() -> Figure:
             plot_groups(axes, groups, series=series, label=label, geometric=True)
         plot_guide(axes, WIDTHS, [4 * w ** (-0.5 * index) for w in WIDTHS], label="theory")
         add_legend(axes)
-    return Figure("laziness", "Four views of laziness", "Only the first is flat.", figure)
+    return Figure("laziness", "Two views of laziness", "Only the first is flat.", figure)
 
 
 def sample_study(name: str = "ntk_width", *, published: bool = True) -> Study:
@@ -98,16 +98,25 @@ def sample_study(name: str = "ntk_width", *, published: bool = True) -> Study:
         source="arXiv 2604.07603, experiment 5",
         preset="cpu",
         claims=claims,
-        tables=[Table("Movement by width", ("width", "movement", "paper", "parameters", "remark"), rows, "Means over seeds.")],
+        tables=[
+            Table(
+                "Movement by width", ("width", "movement", "paper", "parameters", "remark"), rows, "Means over seeds."
+            )
+        ],
         figures=[movement_figure(), panels_figure()],
         notes=["Under PyTorch's initialization ‖θ₀‖ grows as the root of the width.", HOSTILE],
-        environment={"python": "3.11.9", "cpu": "A processor", "threads": 2, "packages": {"numpy": "2.4", "torch": "2.14"}},
+        environment={
+            "python": "3.11.9",
+            "cpu": "A processor",
+            "threads": 2,
+            "packages": {"numpy": "2.4", "torch": "2.14"},
+        },
         data_source="MNIST, the first 5,000 training images, from a folder given by the user.",
         data_published=published,
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_study():
     return sample_study
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+
 from curvlab.runs.config import MAX_NAME_LENGTH, canonical, config_hash, parse_overrides, run_name
 
 
@@ -66,8 +67,18 @@ def test_new_field_with_off_default_renames_nothing():
 
 def test_every_field_and_the_context_count():
     base = Unit(width=32)
-    changes = dict(width=33, parametrization="ntk", recipe=Recipe(lr=0.2), widths=(32,), pair=(1.0, 3.0), color=Color.BLUE,
-                   folder=Path("c"), on=True, limit=0, note="x")  # fmt: skip
+    changes = {
+        "width": 33,
+        "parametrization": "ntk",
+        "recipe": Recipe(lr=0.2),
+        "widths": (32,),
+        "pair": (1.0, 3.0),
+        "color": Color.BLUE,
+        "folder": Path("c"),
+        "on": True,
+        "limit": 0,
+        "note": "x",
+    }
     hashes = {config_hash(dataclasses.replace(base, **{name: value})) for name, value in changes.items()}
     hashes |= {config_hash(base), config_hash(base, {"data": "1"}), config_hash(base, {"code": "1"})}
     assert len(hashes) == len(changes) + 3
@@ -141,7 +152,10 @@ def test_overrides(override, field, value):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("widht=3", r"Unit has no field widht \(did you mean width\?\); its fields are: width, parametrization, recipe"),
+        (
+            "widht=3",
+            r"Unit has no field widht \(did you mean width\?\); its fields are: width, parametrization, recipe",
+        ),
         ("zzz=3", "Unit has no field zzz; its fields are"),
         ("recipe.lrr=3", r"Recipe has no field recipe\.lrr \(did you mean lr\?\)"),
         ("width.x=3", "field width has no fields of its own"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals: closed forms against scipy, and simulated coverage with fixed seeds (2,000 simulations: 0.95 ± 0.015 is 3 SE)."""
+"""Intervals: closed forms against scipy, and coverage in 2,000 seeded simulations (0.95 ± 0.015 is 3 SE)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats as sps
+
 from curvlab.runs.stats import (
     Estimate,
     geometric_mean_interval,
@@ -18,7 +20,6 @@ from curvlab.runs.stats import (
     pooled_sd,
     ratio_of_means,
 )
-from scipy import stats as sps
 
 SIMULATIONS = 2000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from curvlab.runs.stats import Estimate, Verdict, judge, judge_tolerance
 
 

@@ -107,7 +107,7 @@ def render_page(studies: Sequence[Study], *, title: str) -> str:
     names = [study.name for study in studies]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"write_report: studies must be at least one, each with its own name, got {names}")
-    here = resources.files(__package__)
+    here = resources.files("curvlab.runs.report")
     text = {name: (here / name).read_text(encoding="utf-8") for name in ("page.html.j2", "style.css", "script.js")}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
