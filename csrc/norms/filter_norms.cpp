@@ -86,7 +86,8 @@ at::Tensor filter_norms_meta(at::TensorList tensors) {
     check_filter_list(tensors);
     c10::SymInt rows = 0;
     for (const at::Tensor& tensor : tensors) rows += tensor.dim() == 0 ? c10::SymInt(1) : tensor.sym_size(0);
-    return at::empty_symint({rows}, tensors[0].options().dtype(at::kDouble));
+    const at::TensorOptions options = tensors.empty() ? at::TensorOptions(at::kMeta) : tensors[0].options();
+    return at::empty_symint({rows}, options.dtype(at::kDouble));
 }
 
 // Reached without a tensor, and by devices that have no kernel.

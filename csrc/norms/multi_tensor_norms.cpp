@@ -90,8 +90,8 @@ at::Tensor multi_tensor_norms_cpu(at::TensorList tensors, at::TensorList referen
 at::Tensor multi_tensor_norms_meta(at::TensorList tensors, at::TensorList reference, bool l2_only) {
     check_norm_lists(tensors, reference, l2_only,
                      [](const at::Tensor& a, const at::Tensor& b) { return a.sym_sizes() == b.sym_sizes(); });
-    return at::empty({static_cast<std::int64_t>(tensors.size()) + 1, kColumns},
-                     tensors[0].options().dtype(at::kDouble));
+    const at::TensorOptions options = tensors.empty() ? at::TensorOptions(at::kMeta) : tensors[0].options();
+    return at::empty({static_cast<std::int64_t>(tensors.size()) + 1, kColumns}, options.dtype(at::kDouble));
 }
 
 // Reached without a tensor (the sums over nothing are 0), and by devices that have no kernel.

@@ -35,6 +35,8 @@ at::Tensor ticket_for(c10::cuda::CUDAStream stream, const at::TensorOptions& opt
 }
 
 at::Tensor multi_tensor_norms_cuda(at::TensorList tensors, at::TensorList reference, bool l2_only) {
+    TORCH_CHECK_VALUE(!tensors.empty(), "multi_tensor_norms: reference must have 0 tensors like tensors, got ",
+                      reference.size());
     const c10::cuda::CUDAGuard guard(tensors[0].device());
     NormTensors list(tensors, reference, l2_only);
     const std::int64_t chunks = assign_cuda_chunks(list.entries.data(), list.size());

@@ -17,7 +17,7 @@ import torch  # noqa: F401  (its libraries must be loaded before ours)
 from curvlab import _build
 
 try:
-    import curvlab._C
+    import curvlab._C  # noqa: F401
     from curvlab import _host
 except ImportError as error:
     raise ImportError(

@@ -22,8 +22,8 @@ COLUMNS = ("l1", "l2", "linf", "nonzeros", "distance", "inner", "reference_l2")
 def _refuse_transforms(op: str) -> None:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
-            f"{op}: has no derivative and no batching rule: call it outside torch.func transforms (grad, vjp, jvp, vmap) "
-            "and outside forward_ad.dual_level"
+            f"{op}: has no derivative and no batching rule: call it outside torch.func transforms (grad, vjp, jvp, "
+            "vmap) and outside forward_ad.dual_level"
         )
 
 
@@ -42,8 +42,8 @@ def multi_tensor_norms(tensors: Sequence[Tensor], reference: Sequence[Tensor] = 
               \sqrt{\sum_i (x_i - r_i)^2},\ \sum_i x_i r_i,\ \sqrt{\sum_i r_i^2}
 
     Sums are accumulated in float64 in a fixed order: the result has the same bits for any number of threads. Relative
-    error: 1e-7 for float32 inputs at 1e8 elements (in fact near 1e-15, as products of floats are exact in double), 1e-14
-    for float64; the inner product relative to ``|x| |r|``. NaN and infinities propagate; a NaN counts as a nonzero.
+    error: at most 1e-7 for float32 inputs at 1e8 elements (products of floats are exact in double), 1e-14 for float64;
+    the inner product relative to ``|x| |r|``. NaN and infinities propagate; a NaN counts as a nonzero.
     CUDA: one kernel launch, no synchronization with the host, deterministic, capturable in a graph.
 
     Args:
@@ -59,10 +59,12 @@ def multi_tensor_norms(tensors: Sequence[Tensor], reference: Sequence[Tensor] = 
     Raises:
         TypeError: a dtype or layout that is not supported, or a reference of another dtype.
         ValueError: lists of different lengths, other shapes, several devices, ``l2_only`` with a reference.
-        NotImplementedError: inside a ``torch.func`` transform or forward-mode AD; or no kernel for the device is loaded.
+        NotImplementedError: inside a ``torch.func`` transform or forward-mode AD, or without a kernel for the device.
     """
     _refuse_transforms("multi_tensor_norms")
     _check_devices_of_fakes("multi_tensor_norms", tensors, reference)
+    if not tensors and not reference:  # no tensor says to FakeTensorMode where the result lies
+        return torch.zeros(1, len(COLUMNS), dtype=torch.float64)
     return torch.ops.curvlab.multi_tensor_norms(tensors, reference, l2_only)
 
 
@@ -80,10 +82,12 @@ def filter_norms(tensors: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError: a dtype or layout that is not supported.
         ValueError: several devices.
-        NotImplementedError: inside a ``torch.func`` transform or forward-mode AD; or no kernel for the device is loaded.
+        NotImplementedError: inside a ``torch.func`` transform or forward-mode AD, or without a kernel for the device.
     """
     _refuse_transforms("filter_norms")
     _check_devices_of_fakes("filter_norms", tensors)
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
     return torch.ops.curvlab.filter_norms(tensors)
 
 

@@ -37,8 +37,12 @@ def multi_tensor_norms(tensors: Sequence[Tensor], reference: Sequence[Tensor] = 
     return out
 
 
+def _filter_norms(w: Tensor) -> Tensor:
+    w = w.detach().double()
+    rows = w.shape[0] if w.dim() else 1
+    return w.reshape(rows, w.numel() // max(rows, 1)).square().sum(1).sqrt()
+
+
 def filter_norms(tensors: Sequence[Tensor]) -> Tensor:
     """As ``curvlab.ops.norms.filter_norms``."""
-    rows = [x.detach().double().reshape(len(x) if x.dim() else 1, x[0].numel() if len(x) else 0) if x.dim() else
-            x.detach().double().reshape(1, 1) for x in tensors]
-    return torch.cat([row.square().sum(1).sqrt() for row in rows]) if rows else torch.zeros(0, dtype=torch.float64)
+    return torch.cat([_filter_norms(w) for w in tensors]) if tensors else torch.zeros(0, dtype=torch.float64)
