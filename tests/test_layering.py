@@ -30,7 +30,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "experiments.__main__": ("experiments", "curvlab"),
     "benchmarks": ("curvlab",),
 }
-CSRC_MAY_INCLUDE = ("ATen/", "c10/", "torch/library.h", "torch/extension.h", "pybind11/", "common/", "cuda")
+CSRC_MAY_INCLUDE = (
+    "ATen/",
+    "c10/",
+    "torch/library.h",
+    "torch/extension.h",
+    "torch/csrc/",
+    "pybind11/",
+    "common/",
+    "cuda",
+)
 
 
 def room_of(module: str) -> str:
