@@ -18,7 +18,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -145,6 +147,13 @@ def cubin(source: Path, arch: str) -> tuple[Path, str]:
     return out, out.with_name(out.name + ".log").read_text()
 
 
+def in_parallel(jobs: Iterable[Callable[[], object]]) -> None:
+    """Runs the builds two at a time; the first error is raised when all have ended."""
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+
+
 def run_checked(command: Sequence[str], *, timeout: float = 280.0) -> str:
     """Standard output of a tool; ``BuildError`` with its words if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -178,7 +187,7 @@ def _built(name: str, compiler: str, flags: Sequence[str], command: Callable[[Pa
     log = out.with_name(out.name + ".log")
     with _lock(out.with_name(out.name + ".lock")):
         if not out.exists():
-            partial = out.with_name(f"partial-{os.getpid()}-{out.name}")
+            partial = out.with_name(f"partial-{os.getpid()}-{threading.get_ident()}-{out.name}")
             try:
                 done = subprocess.run([*command(partial), *flags], capture_output=True, text=True)
                 if done.returncode:
