@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The levels of verification in this folder, from the quickest on:
 
-1. ``test_norms_host.py``: the kernels' own source, compiled by the host compiler and run with one fiber per CUDA thread.
+1. ``test_norms_host.py``: the kernels' own source, compiled for the CPU and run with one fiber per CUDA thread.
 2. ``test_sanitizers.py`` (marker ``sanitizer``): the same under ASan and UBSan, and under TSan.
 3. ``test_ptx.py``: what nvcc makes of it, run in a PTX simulator (``CURVLAB_PTX_TOOLS``).
 4. ``test_sass.py``: facts about the machine code (nvdisasm): spills, load widths, occupancy.

@@ -2,9 +2,9 @@
 """Tests of the verification itself: eleven faults planted in three kernels, and who must find each.
 
 A fault that "values" finds gives a wrong result under at least one order; "report" is a message with the source line.
-Faults 7, 8, 9 and 11 give right values on any sequential emulation: they are why the sanitizer and PTX levels exist. The
-kernels without a fault must pass everywhere. Fault numbers: 1 no barrier between write and read; 2 lanes skip a shuffle
-whose mask names them; 3 float4 loop one too far; 4 shared tile partly unwritten; 5 no barrier before a tile is
+Faults 7, 8, 9 and 11 give right values on any sequential emulation: they are why the other levels exist. The kernels
+without a fault must pass everywhere. Fault numbers: 1 no barrier between write and read; 2 lanes skip a shuffle whose
+mask names them; 3 float4 loop one too far; 4 shared tile partly unwritten; 5 no barrier before a tile is
 overwritten; 6 early return before a barrier; 7 no fence before the ticket; 8 plain update of a global by many threads;
 9 misaligned float4; 10 write behind dynamic shared memory; 11 the fence comes after the ticket.
 """
@@ -52,7 +52,7 @@ def assert_reported(done: subprocess.CompletedProcess[str], fault: int, status: 
     assert any(line in text for line in marked_lines(fault)), f"{marked_lines(fault)} not named in\n{text}"
 
 
-# ---- plain ------------------------------------------------------------------------------------------------------------
+# ---- plain ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("order", ORDERS)
 def test_no_fault_no_report(order: str) -> None:
     done = run(0, order)
@@ -98,7 +98,7 @@ def test_harness_without_its_own_switch() -> None:
             assert done.returncode == status, done.stdout + done.stderr
 
 
-# ---- sanitizers -------------------------------------------------------------------------------------------------------
+# ---- sanitizers ----------------------------------------------------------------------------------------------------
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])

@@ -4,8 +4,8 @@
 ASan and UBSan find accesses outside of a tensor, of the workspace or of shared memory, misaligned vector loads,
 overflow and bad shifts, each with its source line. TSan finds races within a block and between blocks by
 happens-before, whatever order ran: every CUDA thread is a thread to it, and only the kernel's barriers, fences and
-atomics order them. Limits: small sizes (about 29 blocks of 256 threads a launch under TSan), reads of memory that nobody
-wrote show as NaN only, and a race is found on the paths that the input takes.
+atomics order them. Limits: small sizes (at most 29 blocks of 256 threads a launch under TSan), reads of memory that
+nobody wrote show as NaN only, and a race is found on the paths that the input takes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ CASES = {"address": 31, "thread": 19}
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "order"), [("address", "forward"), ("address", "reverse"), ("address", "random"), ("thread", "random")]
+    ("sanitizer", "order"),
+    [("address", "forward"), ("address", "reverse"), ("address", "random"), ("thread", "random")],
 )
 def test_norm_kernels_are_clean(sanitizer: str, order: str) -> None:
     sources = (*build.NORMS_LAUNCHERS, build.HARNESS / "norms_main.cpp")

@@ -58,8 +58,8 @@ def read_kernels(source: Path, arch: str) -> list[Kernel]:
         for m in re.finditer(r"^\.text\.([\w$]+):\n(.*?)(?=^\t\.section|\Z)", listing, re.S | re.M)
     }
     facts = re.compile(
-        r"Compiling entry function '([^']+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers([^\n]*)",
+        r"Compiling entry function '([^']+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
         re.S,
     )
     kernels = []

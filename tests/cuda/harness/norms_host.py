@@ -53,7 +53,7 @@ class Tensor:
 
 
 def tensor(values: Array, dtype: str = "float32", *, offset: int = 0) -> Tensor:
-    """A tensor of ``values`` rounded to ``dtype``, ``offset`` elements past a 64-byte boundary, 0xFF bytes around it."""
+    """A tensor of ``values`` rounded to ``dtype``, ``offset`` elements past a 64-byte boundary, between 0xFF bytes."""
     storage = np.dtype(_STORAGE[dtype])
     flat = np.asarray(values).ravel()
     buffer = np.full(flat.size * storage.itemsize + 4 * _GUARD, 0xFF, np.uint8)

@@ -202,7 +202,7 @@ def _memory(tensors: Sequence[Tensor]) -> Any:
 
 
 def _put(memory: Any, t: Tensor) -> int:
-    """Where the tensor lies: as far from a 64-byte boundary as in the host's memory; behind its end nothing is valid."""
+    """Where the tensor lies: as far from a 64-byte boundary as on the host; nothing behind its end is valid."""
     shift = t.address % 64
     return memory.put(t.buffer[t.start - shift : t.start + t.stored.nbytes]) + shift
 
