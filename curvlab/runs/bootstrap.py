@@ -72,7 +72,9 @@ def hierarchical_bootstrap(
     All seeds and both arms share the test images, so seeds and images are crossed. The variance is the unbiased one
     (per arm a: seed-mean variance s_a² over S_a; image-mean variance s_d² of the difference; residual mean square e_a):
 
-        V = Σ_a s_a²/S_a + s_d²/N − Σ_a e_a/(S_a N),  not below its seed part or its image part.
+        V = Σ_a s_a²/S_a + s_d²/N − Σ_a e_a/(S_a N),  not below its seed part or its image part
+
+    (which makes it up to 20 % too large for 4 seeds and 40 images, 5 % for 200 images).
 
     With S ≥ 8 seeds the interval is that of ``draws`` resamples of seeds and of images (the same images for all seeds),
     their spread scaled to √V: plain resampling of crossed factors counts the residual up to three times (the pigeonhole

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as sps
 
+from curvlab.runs.bootstrap import _crossed_variance
 from curvlab.runs.comparisons import jonckheere_moments
 from curvlab.runs.stats import (
     bca_bootstrap,
@@ -142,6 +143,19 @@ def test_hierarchical_bootstrap_covers(seeds, images, arms):
         estimates.append(hierarchical_bootstrap(scores[:seeds], other, rng=rng, draws=200))
     held = np.mean([e.contains(truth) for e in estimates])
     assert 0.92 <= held <= 0.975, held  # 400 simulations: 0.95 ± 2.3 SE, and the quantiles of 200 draws
+
+
+@pytest.mark.parametrize("arms", [1, 2])
+def test_crossed_variance_is_unbiased(arms):
+    # Mostly residual (0/1 scores): counted twice, as plain resampling does at best, the ratio would be 1.28.
+    rng = np.random.default_rng(8)
+    means, variances = [], []
+    for _ in range(2000):
+        scores = simulated_accuracy(rng, 8 * arms, 100)
+        groups = [scores[:8], scores[8:]][:arms]
+        means.append(groups[0].mean() - (groups[1].mean() if arms == 2 else 0))
+        variances.append(_crossed_variance(groups)[0])
+    assert 0.9 < np.mean(variances) / np.var(means) < 1.1  # 2,000 simulations: ± 3 SE
 
 
 def test_hierarchical_bootstrap_holds_more_than_the_seeds():

@@ -90,6 +90,7 @@ def test_numbers_are_canonical():
     assert config_hash(Unit(1, recipe=Recipe(lr=np.float64(0.01)))) == config_hash(Unit(1))  # type: ignore[arg-type]
     assert config_hash(Unit(1, pair=(-0.0, 2.0))) == config_hash(Unit(1, pair=(0.0, 2.0)))
     assert config_hash(Unit(1, limit=1)) != config_hash(Unit(1, limit=True))
+    assert config_hash(Unit(1, on=0)) != config_hash(Unit(1))  # type: ignore[arg-type]
     assert config_hash(Unit(1, pair=(math.inf, 2.0))) != config_hash(Unit(1, pair=(-math.inf, 2.0)))
 
 

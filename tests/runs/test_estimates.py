@@ -127,6 +127,19 @@ def test_only_the_honest_slope_covers_when_the_means_leave_the_line():
     assert "lack-of-fit error of the 6 means (df=4)" in loglog_slope(*data[0]).method
 
 
+def test_honest_error_is_the_larger_of_the_two():
+    rng, picked = np.random.default_rng(8), set()
+    for bend in (0.0, 0.01, 0.02, 0.02, 0.05):
+        x, y = power_law(rng, 0.02, bend)
+        slope, intercept = np.polyfit(np.log(x), np.log(y), 1)
+        left = (np.log(y) - intercept - slope * np.log(x)).reshape(6, 3)
+        residual, lack = (left**2).sum() / 16, 3 * (left.mean(axis=1) ** 2).sum() / 4
+        fit = loglog_fit(x, y)
+        assert fit.sigma**2 == pytest.approx(max(residual, lack)) and fit.df == (4 if lack > residual else 16)
+        picked.add((lack > residual, lack > 3 * residual))
+    assert len(picked) == 3  # noise alone, a little curvature, much of it
+
+
 def test_cluster_slopes():
     x = [1.0, 10.0, 1.0, 10.0]
     estimate = loglog_slope(x, [1.0, 10.0, 1.0, 1000.0], clusters=[0, 0, 1, 1])  # slopes 1 and 3

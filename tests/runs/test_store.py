@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curvlab.runs.environment import capture_environment
+from curvlab.runs.journal import atomic_write
 from curvlab.runs.store import RunStore, RunStoreError, collect, export_parquet
 
 
@@ -110,6 +111,7 @@ def test_torn_line_longer_than_a_block(run):
     assert run.rows() == [row(0, 1.0)]
     run.append([row(1, 2.0)])
     assert run.rows() == [row(0, 1.0), row(1, 2.0)]
+    assert (run.path / "rows.jsonl").stat().st_size < 200
 
 
 WRITER = """
@@ -230,6 +232,29 @@ def test_full_disk_leaves_what_was_there(run, monkeypatch):
     run.append([row(1, 2.0)])
     run.finish({})
     RunStore(run.path.parents[1]).open("ntk", Unit(width=1), context={})
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file, table = tmp_path / "done.json", tmp_path / "rows.parquet"
+    atomic_write(file, b"old")
+    export_parquet([row(0, 1.0)], table)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def half_a_table(_, path):
+        path.write_bytes(b"PAR1")
+        fail()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        patch.setattr(pq, "write_table", half_a_table)
+        with pytest.raises(RunStoreError, match=r"cannot write .*done\.json: Input/output error"):
+            atomic_write(file, b"new")
+        with pytest.raises(RunStoreError, match=r"cannot write .*rows\.parquet: Input/output error"):
+            export_parquet([row(0, 1.0), row(1, 1.0)], table)
+    assert file.read_bytes() == b"old" and pq.read_table(table).num_rows == 1
+    assert files_of(tmp_path) == {"done.json", "rows.parquet"}
 
 
 def test_file_size_limit_for_real(tmp_path, python_here):

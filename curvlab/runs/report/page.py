@@ -177,8 +177,13 @@ def _tally(studies: Sequence[Study]) -> list[tuple[dict[str, Any], int]]:
 def _figure_view(study: Study, figure: Figure) -> dict[str, Any]:
     svg = figure.svg(prefix=study.name)
     box = re.search(r'viewBox="\S+ \S+ (\S+) \S+"', svg)
-    wide = box is not None and float(box.group(1)) > _WIDE
-    return {"svg": Markup(svg), "pdf": f"figures/{study.name}-{figure.name}.pdf", "wide": wide}
+    units = float(box.group(1)) if box else _WIDE
+    return {
+        "svg": Markup(svg),
+        "pdf": f"figures/{study.name}-{figure.name}.pdf",
+        "units": round(units),
+        "wide": units > _WIDE,
+    }
 
 
 def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
