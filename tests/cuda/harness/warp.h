@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Barriers, warp operations and fences, by CUDA's names. Every one knows the line it was called from.
-// A warp operation stops the launch when the calling lane is not in its own mask, when the masks of one warp overlap
-// without being equal, or when different operations meet. A lane that is named but has returned brings 0xFF bytes.
+// A warp operation stops the launch when the calling lane is not in its own mask, when lanes wait for each other under
+// different masks, or when different operations meet. A lane that is named but has returned brings 0xFF bytes.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -30,16 +30,19 @@ struct Gathered {  // what the lanes of one meeting brought
   uint32_t present;
 };
 
-inline Meeting& meeting_for(Warp& warp, uint32_t mask, const Site& site) {
+// Lanes may wait under different masks of one warp for a while (a part of the warp is ahead); only when two of them
+// name each other can neither ever go on.
+inline Meeting& meeting_for(Warp& warp, uint32_t mask, const Thread& me) {
   Meeting* found = nullptr;
   for (Meeting& m : warp.meetings) {
-    if (m.mask == mask)
+    if (m.mask == mask) {
       found = &m;
-    else if (m.arrived & mask)
-      block.fail(site.text() + ": lanes of one warp meet under different masks");
+    } else if ((m.arrived & mask) && (m.mask >> me.lane() & 1)) {
+      block.fail(me.site.text() + ": lanes of one warp wait for each other under different masks");
+    }
   }
   if (found) return *found;
-  if (warp.meetings.size() == kMasks) block.fail(site.text() + ": more than 64 different masks in one warp");
+  if (warp.meetings.size() == kMasks) block.fail(me.site.text() + ": more than 64 different masks in one warp");
   warp.meetings.emplace_back().mask = mask;
   return warp.meetings.back();
 }
@@ -50,7 +53,7 @@ inline Gathered meet(uint32_t mask, uint64_t value, const char* operation, const
   me.site = {operation, file, line};
   if (!(mask >> me.lane() & 1)) block.fail(me.site.text() + ": the calling lane is not in its own mask");
   Warp& warp = block.warps[me.warp()];
-  Meeting& m = meeting_for(warp, mask, me.site);
+  Meeting& m = meeting_for(warp, mask, me);
   const size_t index = static_cast<size_t>(&m - warp.meetings.data());  // the vector may grow while we wait
   const unsigned parity = m.generation & 1;
   if (m.arrived && std::strcmp(m.operation, operation) != 0)
