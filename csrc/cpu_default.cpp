@@ -5,4 +5,4 @@
 namespace curvlab::norms {
 using namespace CURVLAB_CPU_CAPABILITY;
 const CpuKernels kCpuKernelsDefault = CURVLAB_NORM_KERNELS;
-}
+}  // namespace curvlab::norms

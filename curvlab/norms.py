@@ -108,7 +108,7 @@ def _named(function: str, argument: str, params: Parameters) -> tuple[list[Tenso
         raise TypeError(
             f"{function}: {argument} must be a module or a collection of tensors, got one tensor: wrap it in a list"
         )
-    named: Mapping[str, Tensor] | None = params if isinstance(params, Mapping) else None
+    named: Any = params if isinstance(params, Mapping) else None
     if isinstance(params, nn.Module):
         named = dict(params.named_parameters())
     if named is not None:

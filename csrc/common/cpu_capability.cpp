@@ -15,49 +15,52 @@ constexpr CpuCapability kAll[] = {CpuCapability::kDefault, CpuCapability::kAvx2,
 
 bool has(CpuCapability capability) {
 #if defined(MULTI_ISA)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (capability == CpuCapability::kAvx2) return avx2;
-    if (capability == CpuCapability::kAvx512) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (capability == CpuCapability::kAvx2) return avx2;
+  if (capability == CpuCapability::kAvx512) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
 #endif
-    return capability == CpuCapability::kDefault;
+  return capability == CpuCapability::kDefault;
 }
 
 CpuCapability choose() {
-    CpuCapability best = CpuCapability::kDefault;
-    for (CpuCapability capability : kAll) {
-        if (has(capability)) best = capability;
-    }
-    const char* wanted = std::getenv("CURVLAB_CPU_CAPABILITY");
-    if (wanted == nullptr || *wanted == '\0') return best;
-    for (CpuCapability capability : kAll) {
-        if (std::strcmp(wanted, name(capability)) != 0) continue;
-        TORCH_CHECK_VALUE(has(capability), "CURVLAB_CPU_CAPABILITY=", wanted, ": this CPU or build lacks it; the best here is ",
-                          name(best));
-        return capability;
-    }
-    TORCH_CHECK_VALUE(false, "CURVLAB_CPU_CAPABILITY must be default, avx2 or avx512, got '", wanted, "'");
+  CpuCapability best = CpuCapability::kDefault;
+  for (CpuCapability capability : kAll) {
+    if (has(capability)) best = capability;
+  }
+  const char* wanted = std::getenv("CURVLAB_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (CpuCapability capability : kAll) {
+    if (std::strcmp(wanted, name(capability)) != 0) continue;
+    TORCH_CHECK_VALUE(has(capability), "CURVLAB_CPU_CAPABILITY=", wanted,
+                      ": this CPU or build lacks it; the best here is ", name(best));
+    return capability;
+  }
+  TORCH_CHECK_VALUE(false, "CURVLAB_CPU_CAPABILITY must be default, avx2 or avx512, got '", wanted, "'");
 }
 
 }  // namespace
 
 const char* name(CpuCapability capability) {
-    switch (capability) {
-        case CpuCapability::kAvx512: return "avx512";
-        case CpuCapability::kAvx2: return "avx2";
-        default: return "default";
-    }
+  switch (capability) {
+    case CpuCapability::kAvx512:
+      return "avx512";
+    case CpuCapability::kAvx2:
+      return "avx2";
+    default:
+      return "default";
+  }
 }
 
 CpuCapability cpu_capability() {
-    static const CpuCapability chosen = choose();  // a throw leaves it unset: the next call says it again
-    return chosen;
+  static const CpuCapability chosen = choose();  // a throw leaves it unset: the next call says it again
+  return chosen;
 }
 
 }  // namespace curvlab
 
 TORCH_LIBRARY_IMPL(curvlab, CompositeExplicitAutograd, m) {
-    m.impl("cpu_capability", [] { return std::string(curvlab::name(curvlab::cpu_capability())); });
+  m.impl("cpu_capability", [] { return std::string(curvlab::name(curvlab::cpu_capability())); });
 }

@@ -8,15 +8,15 @@
 namespace curvlab {
 
 inline void check_launch(const char* op, const char* error) {
-    TORCH_CHECK(error == nullptr, op, ": CUDA refused the launch: ", error);
+  TORCH_CHECK(error == nullptr, op, ": CUDA refused the launch: ", error);
 }
 
 inline int multiprocessors(const char* op) {
-    int device = 0, count = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    TORCH_CHECK(error == cudaSuccess, op, ": cannot ask the CUDA device: ", cudaGetErrorString(error));
-    return count;
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  TORCH_CHECK(error == cudaSuccess, op, ": cannot ask the CUDA device: ", cudaGetErrorString(error));
+  return count;
 }
 
 }  // namespace curvlab

@@ -23,7 +23,7 @@
 #define CURVLAB_SHARED(T, name, dims) __shared__ T name dims
 
 // Dynamic shared memory of the launch, seen as T*.
-#define CURVLAB_DYN_SHARED(T, name)                                         \
+#define CURVLAB_DYN_SHARED(T, name)                                       \
   extern __shared__ __align__(16) unsigned char curvlab_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(curvlab_dynamic_shared)
 

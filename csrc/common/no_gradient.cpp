@@ -16,35 +16,35 @@ using NodePointer = decltype(std::declval<torch::autograd::Node&>().getptr());
 
 template <class Pointer>
 Pointer make_node(const char* op, torch::autograd::edge_list&& edges) {
-    using torch::autograd::NotImplemented;
-    if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-        return std::make_shared<NotImplemented>(op, std::move(edges));
-    } else {
-        return c10::make_intrusive<NotImplemented>(op, std::move(edges));
-    }
+  using torch::autograd::NotImplemented;
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<NotImplemented>(op, std::move(edges));
+  } else {
+    return c10::make_intrusive<NotImplemented>(op, std::move(edges));
+  }
 }
 
 }  // namespace
 
 void refuse_tangents(const char* op, std::initializer_list<at::TensorList> inputs) {
-    for (const at::TensorList& list : inputs) {
-        for (const at::Tensor& tensor : list) {
-            TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(tensor), op,
-                                        ": has no derivative, but an input carries a forward-mode tangent; detach it");
-        }
+  for (const at::TensorList& list : inputs) {
+    for (const at::Tensor& tensor : list) {
+      TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(tensor), op,
+                                  ": has no derivative, but an input carries a forward-mode tangent; detach it");
     }
+  }
 }
 
 void refuse_backward(const char* op, std::initializer_list<at::TensorList> inputs, const at::Tensor& out) {
-    if (!at::GradMode::is_enabled()) return;
-    torch::autograd::edge_list edges;
-    for (const at::TensorList& list : inputs) {
-        for (const at::Tensor& tensor : list) {
-            if (tensor.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(tensor));
-        }
+  if (!at::GradMode::is_enabled()) return;
+  torch::autograd::edge_list edges;
+  for (const at::TensorList& list : inputs) {
+    for (const at::Tensor& tensor : list) {
+      if (tensor.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(tensor));
     }
-    if (edges.empty()) return;
-    torch::autograd::set_history(out, make_node<NodePointer>(op, std::move(edges)));
+  }
+  if (edges.empty()) return;
+  torch::autograd::set_history(out, make_node<NodePointer>(op, std::move(edges)));
 }
 
 }  // namespace curvlab

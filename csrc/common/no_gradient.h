@@ -19,14 +19,14 @@ void refuse_backward(const char* op, std::initializer_list<at::TensorList> input
 // Calls `op_below` below autograd.
 template <class OpBelow>
 at::Tensor without_gradient(const char* op, std::initializer_list<at::TensorList> inputs, const OpBelow& op_below) {
-    refuse_tangents(op, inputs);
-    at::Tensor out;
-    {
-        const at::AutoDispatchBelowAutograd below;
-        out = op_below();
-    }
-    refuse_backward(op, inputs, out);
-    return out;
+  refuse_tangents(op, inputs);
+  at::Tensor out;
+  {
+    const at::AutoDispatchBelowAutograd below;
+    out = op_below();
+  }
+  refuse_backward(op, inputs, out);
+  return out;
 }
 
 }  // namespace curvlab

@@ -4,8 +4,9 @@
 
 #include <Python.h>
 
-#define CURVLAB_PYTHON_MODULE(name)                                                                  \
-    PyMODINIT_FUNC PyInit_##name(void) {                                                             \
-        static PyModuleDef module = {PyModuleDef_HEAD_INIT, #name, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr}; \
-        return PyModule_Create(&module);                                                             \
-    }
+#define CURVLAB_PYTHON_MODULE(name)                                                              \
+  PyMODINIT_FUNC PyInit_##name(void) {                                                           \
+    static PyModuleDef module = {                                                                \
+        PyModuleDef_HEAD_INIT, #name, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr}; \
+    return PyModule_Create(&module);                                                             \
+  }

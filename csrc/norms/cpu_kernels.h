@@ -14,13 +14,13 @@ constexpr std::int64_t kCpuChunkElements = 4096;
 
 // Row of partial sums of one chunk, a cache line of its own: threads write neighboring rows.
 struct alignas(64) ChunkRow {
-    double values[8];
-    double operator()(int column) const { return values[column]; }
+  double values[8];
+  double operator()(int column) const { return values[column]; }
 };
 
 struct CpuKernels {
-    // Sums over n <= kCpuChunkElements elements; columns that the mode leaves out are 0.
-    void (*sum_chunk[3][4])(const void* x, const void* reference, std::int64_t n, ChunkRow* row);  // [mode][type]
+  // Sums over n <= kCpuChunkElements elements; columns that the mode leaves out are 0.
+  void (*sum_chunk[3][4])(const void* x, const void* reference, std::int64_t n, ChunkRow* row);  // [mode][type]
 };
 
 extern const CpuKernels kCpuKernelsDefault;
@@ -29,15 +29,18 @@ extern const CpuKernels kCpuKernelsAvx512;
 
 inline const CpuKernels& cpu_kernels() {
 #if defined(MULTI_ISA)
-    switch (cpu_capability()) {
-        case CpuCapability::kAvx512: return kCpuKernelsAvx512;
-        case CpuCapability::kAvx2: return kCpuKernelsAvx2;
-        default: break;
-    }
+  switch (cpu_capability()) {
+    case CpuCapability::kAvx512:
+      return kCpuKernelsAvx512;
+    case CpuCapability::kAvx2:
+      return kCpuKernelsAvx2;
+    default:
+      break;
+  }
 #else
-    (void)cpu_capability();  // refuses a setting that this build lacks
+  (void)cpu_capability();  // refuses a setting that this build lacks
 #endif
-    return kCpuKernelsDefault;
+  return kCpuKernelsDefault;
 }
 
 }  // namespace curvlab::norms

@@ -14,7 +14,7 @@
 namespace curvlab::norms {
 
 struct FilterEntry {
-  const void* x;            // rows lie one after another, each dense
+  const void* x;  // rows lie one after another, each dense
   std::int64_t rows;
   std::int64_t row_numel;
   std::int64_t first_row;   // index of this tensor's first row in the output
@@ -23,9 +23,9 @@ struct FilterEntry {
 };
 static_assert(sizeof(FilterEntry) == 48, "640 entries must fit the 32,764 bytes of kernel parameters");
 
-constexpr int kFilterSmallTable = 64;   // entries of the smaller parameter block
-constexpr int kFilterLargeTable = 640;  // entries that fit into the parameters of one launch
-constexpr int kRowsPerItem = 8;         // one warp a row
+constexpr int kFilterSmallTable = 64;    // entries of the smaller parameter block
+constexpr int kFilterLargeTable = 640;   // entries that fit into the parameters of one launch
+constexpr int kRowsPerItem = 8;          // one warp a row
 constexpr std::int64_t kLongRow = 8192;  // elements from which a row has a block of its own
 
 CURVLAB_HD std::int64_t item_count(const FilterEntry& entry) {

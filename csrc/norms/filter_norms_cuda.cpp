@@ -15,23 +15,23 @@ namespace curvlab::norms {
 namespace {
 
 at::Tensor filter_norms_cuda(at::TensorList tensors) {
-    const c10::cuda::CUDAGuard guard(tensors[0].device());
-    const FilterTensors list(tensors);
-    const std::int64_t count = static_cast<std::int64_t>(list.entries.size());
-    const at::TensorOptions options = tensors[0].options().dtype(at::kDouble);
-    at::Tensor out = at::empty({list.rows}, options), table;
-    if (count > kFilterLargeTable) {
-        table = at::empty({count * static_cast<std::int64_t>(sizeof(FilterEntry))}, options.dtype(at::kByte));
-    }
-    FilterNormsLaunch launch{};
-    launch.entries = list.entries.data();
-    launch.tensors = count;
-    launch.items = list.items;
-    launch.device_table = table.defined() ? static_cast<FilterEntry*>(table.mutable_data_ptr()) : nullptr;
-    launch.out = out.mutable_data_ptr<double>();
-    launch.multiprocessors = multiprocessors("filter_norms");
-    check_launch("filter_norms", launch_filter_norms(launch, c10::cuda::getCurrentCUDAStream().stream()));
-    return out;
+  const c10::cuda::CUDAGuard guard(tensors[0].device());
+  const FilterTensors list(tensors);
+  const std::int64_t count = static_cast<std::int64_t>(list.entries.size());
+  const at::TensorOptions options = tensors[0].options().dtype(at::kDouble);
+  at::Tensor out = at::empty({list.rows}, options), table;
+  if (count > kFilterLargeTable) {
+    table = at::empty({count * static_cast<std::int64_t>(sizeof(FilterEntry))}, options.dtype(at::kByte));
+  }
+  FilterNormsLaunch launch{};
+  launch.entries = list.entries.data();
+  launch.tensors = count;
+  launch.items = list.items;
+  launch.device_table = table.defined() ? static_cast<FilterEntry*>(table.mutable_data_ptr()) : nullptr;
+  launch.out = out.mutable_data_ptr<double>();
+  launch.multiprocessors = multiprocessors("filter_norms");
+  check_launch("filter_norms", launch_filter_norms(launch, c10::cuda::getCurrentCUDAStream().stream()));
+  return out;
 }
 
 }  // namespace

@@ -21,92 +21,92 @@ namespace {
 constexpr std::int64_t kSerialElements = 65536;  // below, starting a second thread costs more than it saves
 
 struct ChunkOf {
-    const void* x;
-    const void* reference;
-    std::int64_t n;
+  const void* x;
+  const void* reference;
+  std::int64_t n;
 };
 
 std::int64_t cpu_chunk_count(const NormEntry& entry) {
-    return (entry.numel + kCpuChunkElements - 1) / kCpuChunkElements;
+  return (entry.numel + kCpuChunkElements - 1) / kCpuChunkElements;
 }
 
 ChunkOf chunk_of(const NormEntry& entry, std::int64_t chunk) {
-    const std::int64_t offset = (chunk - entry.first_chunk) * kCpuChunkElements;
-    const std::int64_t bytes = offset * element_size(entry.type);
-    const char* reference = static_cast<const char*>(entry.reference);
-    return {static_cast<const char*>(entry.x) + bytes, reference == nullptr ? nullptr : reference + bytes,
-            std::min(kCpuChunkElements, entry.numel - offset)};
+  const std::int64_t offset = (chunk - entry.first_chunk) * kCpuChunkElements;
+  const std::int64_t bytes = offset * element_size(entry.type);
+  const char* reference = static_cast<const char*>(entry.reference);
+  return {static_cast<const char*>(entry.x) + bytes, reference == nullptr ? nullptr : reference + bytes,
+          std::min(kCpuChunkElements, entry.numel - offset)};
 }
 
 // Chunks [begin, end) of the list, wherever they lie in it.
 void sum_chunks(const NormTensors& list, std::int64_t begin, std::int64_t end, ChunkRow* rows) {
-    const auto& kernels = cpu_kernels().sum_chunk[static_cast<int>(list.mode)];
-    auto entry = std::upper_bound(list.entries.begin(), list.entries.end(), begin,
-                                  [](std::int64_t chunk, const NormEntry& e) { return chunk < e.first_chunk; });
-    --entry;
-    for (std::int64_t chunk = begin; chunk < end; ++chunk) {
-        while (chunk >= entry->first_chunk + cpu_chunk_count(*entry)) ++entry;
-        const ChunkOf part = chunk_of(*entry, chunk);
-        kernels[entry->type](part.x, part.reference, part.n, rows + chunk);
-    }
+  const auto& kernels = cpu_kernels().sum_chunk[static_cast<int>(list.mode)];
+  auto entry = std::upper_bound(list.entries.begin(), list.entries.end(), begin,
+                                [](std::int64_t chunk, const NormEntry& e) { return chunk < e.first_chunk; });
+  --entry;
+  for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+    while (chunk >= entry->first_chunk + cpu_chunk_count(*entry)) ++entry;
+    const ChunkOf part = chunk_of(*entry, chunk);
+    kernels[entry->type](part.x, part.reference, part.n, rows + chunk);
+  }
 }
 
 void store(const ColumnSums& sums, NormMode mode, double* out) {
-    for (int column = 0; column < kColumns; ++column) out[column] = finish(mode, column, sums.value(column));
+  for (int column = 0; column < kColumns; ++column) out[column] = finish(mode, column, sums.value(column));
 }
 
 // Chunk rows -> tensors -> the whole list, in list order: the same bits for any number of threads.
 void finish_rows(const NormTensors& list, const ChunkRow* rows, double* out) {
-    ColumnSums global;
-    for (const NormEntry& entry : list.entries) {
-        ColumnSums sums;
-        for (std::int64_t i = 0; i < cpu_chunk_count(entry); ++i) sums.add(rows[entry.first_chunk + i]);
-        global.add([&sums](int column) { return sums.value(column); });
-        store(sums, list.mode, out);
-        out += kColumns;
-    }
-    store(global, list.mode, out);
+  ColumnSums global;
+  for (const NormEntry& entry : list.entries) {
+    ColumnSums sums;
+    for (std::int64_t i = 0; i < cpu_chunk_count(entry); ++i) sums.add(rows[entry.first_chunk + i]);
+    global.add([&sums](int column) { return sums.value(column); });
+    store(sums, list.mode, out);
+    out += kColumns;
+  }
+  store(global, list.mode, out);
 }
 
 at::Tensor multi_tensor_norms_cpu(at::TensorList tensors, at::TensorList reference, bool l2_only) {
-    NormTensors list(tensors, reference, l2_only);
-    const std::int64_t chunks = assign_chunks(list.entries.data(), list.size(), cpu_chunk_count);
-    TORCH_CHECK_VALUE(chunks >= 0, "multi_tensor_norms: tensors hold more than 2^32 chunks of ", kCpuChunkElements);
-    std::int64_t elements = 0;
-    for (const NormEntry& entry : list.entries) elements += entry.numel;
-    const std::unique_ptr<ChunkRow[]> rows(new ChunkRow[static_cast<std::size_t>(chunks)]);
-    if (elements < kSerialElements) {
-        if (chunks > 0) sum_chunks(list, 0, chunks, rows.get());
-    } else {
-        at::parallel_for(0, chunks, kSerialElements / kCpuChunkElements, [&](std::int64_t begin, std::int64_t end) {
-            sum_chunks(list, begin, end, rows.get());
-        });
-    }
-    at::Tensor out = at::empty({list.size() + 1, kColumns}, at::kDouble);
-    finish_rows(list, rows.get(), out.mutable_data_ptr<double>());
-    return out;
+  NormTensors list(tensors, reference, l2_only);
+  const std::int64_t chunks = assign_chunks(list.entries.data(), list.size(), cpu_chunk_count);
+  TORCH_CHECK_VALUE(chunks >= 0, "multi_tensor_norms: tensors hold more than 2^32 chunks of ", kCpuChunkElements);
+  std::int64_t elements = 0;
+  for (const NormEntry& entry : list.entries) elements += entry.numel;
+  const std::unique_ptr<ChunkRow[]> rows(new ChunkRow[static_cast<std::size_t>(chunks)]);
+  if (elements < kSerialElements) {
+    if (chunks > 0) sum_chunks(list, 0, chunks, rows.get());
+  } else {
+    at::parallel_for(0, chunks, kSerialElements / kCpuChunkElements,
+                     [&](std::int64_t begin, std::int64_t end) { sum_chunks(list, begin, end, rows.get()); });
+  }
+  at::Tensor out = at::empty({list.size() + 1, kColumns}, at::kDouble);
+  finish_rows(list, rows.get(), out.mutable_data_ptr<double>());
+  return out;
 }
 
 at::Tensor multi_tensor_norms_meta(at::TensorList tensors, at::TensorList reference, bool l2_only) {
-    check_norm_lists(tensors, reference, l2_only,
-                     [](const at::Tensor& a, const at::Tensor& b) { return a.sym_sizes() == b.sym_sizes(); });
-    const at::TensorOptions options = tensors.empty() ? at::TensorOptions(at::kMeta) : tensors[0].options();
-    return at::empty({static_cast<std::int64_t>(tensors.size()) + 1, kColumns}, options.dtype(at::kDouble));
+  check_norm_lists(tensors, reference, l2_only,
+                   [](const at::Tensor& a, const at::Tensor& b) { return a.sym_sizes() == b.sym_sizes(); });
+  const at::TensorOptions options = tensors.empty() ? at::TensorOptions(at::kMeta) : tensors[0].options();
+  return at::empty({static_cast<std::int64_t>(tensors.size()) + 1, kColumns}, options.dtype(at::kDouble));
 }
 
 // Reached without a tensor (the sums over nothing are 0), and by devices that have no kernel.
 at::Tensor multi_tensor_norms_other(at::TensorList tensors, at::TensorList reference, bool) {
-    check_no_kernel("multi_tensor_norms", tensors);
-    TORCH_CHECK_VALUE(reference.empty(), "multi_tensor_norms: reference must have 0 tensors like tensors, got ",
-                      reference.size());
-    return at::zeros({1, kColumns}, at::kDouble);
+  check_no_kernel("multi_tensor_norms", tensors);
+  TORCH_CHECK_VALUE(reference.empty(), "multi_tensor_norms: reference must have 0 tensors like tensors, got ",
+                    reference.size());
+  return at::zeros({1, kColumns}, at::kDouble);
 }
 
 at::Tensor multi_tensor_norms_autograd(at::TensorList tensors, at::TensorList reference, bool l2_only) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("curvlab::multi_tensor_norms", "")
-                               .typed<at::Tensor(at::TensorList, at::TensorList, bool)>();
-    return without_gradient("multi_tensor_norms", {tensors, reference}, [&] { return op.call(tensors, reference, l2_only); });
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("curvlab::multi_tensor_norms", "")
+                             .typed<at::Tensor(at::TensorList, at::TensorList, bool)>();
+  return without_gradient("multi_tensor_norms", {tensors, reference},
+                          [&] { return op.call(tensors, reference, l2_only); });
 }
 
 }  // namespace
@@ -115,6 +115,6 @@ at::Tensor multi_tensor_norms_autograd(at::TensorList tensors, at::TensorList re
 TORCH_LIBRARY_IMPL(curvlab, CPU, m) { m.impl("multi_tensor_norms", curvlab::norms::multi_tensor_norms_cpu); }
 TORCH_LIBRARY_IMPL(curvlab, Meta, m) { m.impl("multi_tensor_norms", curvlab::norms::multi_tensor_norms_meta); }
 TORCH_LIBRARY_IMPL(curvlab, CompositeExplicitAutograd, m) {
-    m.impl("multi_tensor_norms", curvlab::norms::multi_tensor_norms_other);
+  m.impl("multi_tensor_norms", curvlab::norms::multi_tensor_norms_other);
 }
 TORCH_LIBRARY_IMPL(curvlab, Autograd, m) { m.impl("multi_tensor_norms", curvlab::norms::multi_tensor_norms_autograd); }

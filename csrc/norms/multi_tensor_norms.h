@@ -58,10 +58,10 @@ inline std::int64_t assign_cuda_chunks(NormEntry* entries, std::int64_t tensors)
 // Running sums over one tensor or a part of it, in double or in vectors of doubles.
 template <class Wide>
 struct RunningSums {
-    Wide l1, l2, distance, inner, reference;
+  Wide l1, l2, distance, inner, reference;
 
-    // Member by member: default initializers of vectors made g++ 12 clear the whole object in memory (rep stos).
-    CURVLAB_HD void clear() { l1 = l2 = distance = inner = reference = Wide{}; }
+  // Member by member: default initializers of vectors made g++ 12 clear the whole object in memory (rep stos).
+  CURVLAB_HD void clear() { l1 = l2 = distance = inner = reference = Wide{}; }
 };
 
 // The accumulation step. linf and nonzeros need no double: the kernels take them from the elements as they are. Their
@@ -69,14 +69,14 @@ struct RunningSums {
 // a chunk instead of one an element.
 template <NormMode mode, class Wide>
 CURVLAB_HD void accumulate(RunningSums<Wide>& sums, Wide x, Wide magnitude, Wide reference) {
-    sums.l2 += x * x;
-    if constexpr (mode != NormMode::kL2Only) sums.l1 += magnitude;
-    if constexpr (mode == NormMode::kWithReference) {
-        const Wide difference = x - reference;
-        sums.distance += difference * difference;
-        sums.inner += x * reference;
-        sums.reference += reference * reference;
-    }
+  sums.l2 += x * x;
+  if constexpr (mode != NormMode::kL2Only) sums.l1 += magnitude;
+  if constexpr (mode == NormMode::kWithReference) {
+    const Wide difference = x - reference;
+    sums.distance += difference * difference;
+    sums.inner += x * reference;
+    sums.reference += reference * reference;
+  }
 }
 
 CURVLAB_HD double keep_nan(double linf, double l1) { return l1 != l1 ? l1 : linf; }

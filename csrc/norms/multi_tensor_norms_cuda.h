@@ -13,11 +13,11 @@ struct MultiTensorNormsLaunch {
   std::int64_t tensors;      // >= 1
   std::int64_t chunks;       // what assign_cuda_chunks returned, may be 0
   NormMode mode;
-  double* workspace;         // device, cuda_workspace_doubles(tensors, chunks) doubles, need not be initialized
-  NormEntry* device_table;   // device, [tensors]; needed only if tensors > kLargeTable, else may be null
-  unsigned* ticket;          // device, one counter that holds 0 now and again when the kernel ends
-  double* out;               // device, [tensors + 1, kColumns]
-  int multiprocessors;       // of the device that the stream belongs to
+  double* workspace;        // device, cuda_workspace_doubles(tensors, chunks) doubles, need not be initialized
+  NormEntry* device_table;  // device, [tensors]; needed only if tensors > kLargeTable, else may be null
+  unsigned* ticket;         // device, one counter that holds 0 now and again when the kernel ends
+  double* out;              // device, [tensors + 1, kColumns]
+  int multiprocessors;      // of the device that the stream belongs to
 };
 
 // Doubles of workspace: one row of partial sums per chunk and one row of sums per tensor.
