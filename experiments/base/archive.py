@@ -173,8 +173,8 @@ def publish(manifest: Manifest, store: RunStore, results: Path = RESULTS) -> lis
 
 
 def save_figure(figure: Figure, folder: Path) -> list[Path]:
-    """The figure as SVG (for a README) and PDF."""
-    return [figure.save(folder / f"{figure.name}.{kind}") for kind in ("svg", "pdf")]
+    """The figure as SVG and as PNG (for a README)."""
+    return [figure.save_svg(folder / f"{figure.name}.svg"), figure.save_png(folder / f"{figure.name}.png", dpi=130)]
 
 
 def claim_record(claim: Claim) -> dict[str, Any]:

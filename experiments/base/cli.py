@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +108,16 @@ Command = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn every foreseen failure into one line on stderr."""
+    # torch.func imports torch.jit, which warns about itself: nothing that the user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Bare words last: a parser may end a positional list at the first option, and `--preset cpu lr=0.02` is natural.
     bare = [word for word in words if _OVERRIDE.fullmatch(word)]
     words = [word for word in words if not _OVERRIDE.fullmatch(word)]
     command: Any = tyro.cli(Command, args=words, prog="python -m experiments", description=__doc__)  # type: ignore[call-overload]
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 140  # a log file: 80 columns would fold the verdicts to a word a line
     try:
         if bare and not isinstance(command, Run):
             raise UsageError(f"{bare[0]}: only `run` and `estimate` take field=value")

@@ -8,17 +8,19 @@ or without the denominator ‖θ_0‖, is neither. The rules stand here, before 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from curvlab.norms import parameter_norms
+from curvlab.norms import NormRecorder
 from curvlab.operators.ntk import empirical_ntk, kernel_drift, linearization_error
 from curvlab.runs.report import Claim
 from curvlab.runs.stats import Estimate, Survives, Verdict, judge, judge_tolerance
+from curvlab.runs.tables import Table
 from curvlab.training.callbacks import TrainState
 from experiments.base import paper
 from experiments.base.scaling import Scaling
@@ -33,39 +35,39 @@ MEASURES = {
 LAZY = 0.5  # a linearization error below one half: the linear model explains at least 75 % of the squared change
 
 
-@dataclass
-class Watch:
-    """Movement of one network after every epoch, and the training time; both survive a kill in the checkpoint."""
+class Stopwatch:
+    """Training seconds of a unit, over all sessions that worked on it: the checkpoint holds what is in its epochs."""
 
-    seed: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = time.perf_counter()
 
     def on_start(self, state: TrainState) -> None:
-        """Keep θ_0."""
-        self._start = [param.detach().clone() for param in state.params]
-        self._clock = time.perf_counter()
+        """Start."""
+        self._since = time.perf_counter()
 
     def on_epoch(self, state: TrainState) -> None:
-        """One pass over θ and θ_0."""
-        norms = parameter_norms(state.params, self._start)
-        self._add(state.epoch, "relative_movement", norms.relative_movement)
-        self._add(state.epoch, "absolute_movement", norms.total.distance)
-        self._add(state.epoch, "initial_norm", norms.total.reference_l2)
+        """Add an epoch."""
         now = time.perf_counter()
-        self.seconds, self._clock = self.seconds + now - self._clock, now
+        self.seconds, self._since = self.seconds + now - self._since, now
 
-    def _add(self, epoch: int, metric: str, value: Any) -> None:
-        self.rows.append({"epoch": epoch, "metric": metric, "value": float(value)})
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float]:
         """For the checkpoint."""
-        return {"rows": self.rows, "seconds": self.seconds}
+        return {"seconds": self.seconds}
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, float]) -> None:
         """From the checkpoint."""
-        self.rows, self.seconds = list(saved["rows"]), float(saved["seconds"])
-        self._clock = time.perf_counter()
+        self.seconds, self._since = float(saved["seconds"]), time.perf_counter()
+
+
+def movement_rows(recorder: NormRecorder, steps_per_epoch: int) -> list[dict[str, Any]]:
+    """Rows of a recorder with ``reference="start"``, one an epoch and measure; epoch 0 is the start."""
+    names = {"relative_movement": "relative_movement", "distance": "absolute_movement", "reference_l2": "initial_norm"}
+    return [
+        {"epoch": row["step"] // steps_per_epoch, "metric": metric, "value": row[column]}
+        for row in recorder.rows()
+        for column, metric in names.items()
+    ]
 
 
 def measure(model: nn.Module, start: nn.Module, inputs: Tensor, held_out: Tensor) -> dict[str, float]:
@@ -158,3 +160,51 @@ def initial_norm_claim(arm: Scaling) -> Claim:
     judged = judge_tolerance(measured, 0.5, 0.03)
     text = "Audit: ‖θ_0‖ grows as √width, which makes the ratio √(4096/32) = 11.31"
     return Claim("initial_norm", text, "√(w+4)", measured, judged.verdict, cost_seconds=seconds(arm), note=judged.text)
+
+
+def deviations(arm: Scaling, published: Mapping[int, float]) -> dict[float, Estimate]:
+    """Mean Δ against the published mean, in percent, at every width that both have."""
+    shifts = {}
+    for width, mean in arm.means("relative_movement").items():
+        if width in published:
+            scaled = mean.scaled(100 / published[int(width)])
+            shifts[width] = replace(scaled, value=scaled.value - 100, low=scaled.low - 100, high=scaled.high - 100)
+    return shifts
+
+
+def laziness_table(arms: Mapping[str, Scaling], published: Mapping[int, float], *, note: str) -> Table:
+    """Everything by arm and width; published numbers stand beside the arm named ``standard``."""
+    columns = ["parametrization", "width", "Δ", "SD", "paper's Δ", "deviation %", "‖θ_T−θ_0‖", "‖θ_0‖", "kernel drift",
+               "kernel alignment", "linearization error", "test %", "diverged", "time s"]  # fmt: skip
+    lines = [
+        _table_line(name, arm, width, published if name == "standard" else {})
+        for name, arm in arms.items()
+        for width in arm.groups("diverged")
+    ]
+    caption = (
+        "Means over seeds with 95 % t intervals, relative spread pooled over widths (so one seed has an interval too); "
+        f"SD is the sample's. {note} Alignment: cosine of K_T and K_0. Time: training and measuring, all seeds."
+    )
+    return Table("Movement, kernel and accuracy by width", columns, lines, caption)
+
+
+def _table_line(name: str, arm: Scaling, width: float, published: Mapping[int, float]) -> list[Any]:
+    moved = arm.groups("relative_movement").get(width, [])
+    accuracy = arm.means("test_accuracy").get(width)
+    spent = [sum(arm.groups(metric).get(width, [])) for metric in ("train_seconds", "measure_seconds")]
+    return [
+        name,
+        width,
+        arm.means("relative_movement").get(width),
+        statistics.stdev(moved) if len(moved) > 1 else None,
+        published.get(int(width)),
+        deviations(arm, published).get(width),
+        arm.means("absolute_movement").get(width),
+        arm.geometric_mean("initial_norm", width),
+        arm.means("kernel_drift").get(width),
+        arm.means("kernel_alignment").get(width),
+        arm.means("linearization_error").get(width),
+        None if accuracy is None else accuracy.scaled(100),
+        int(sum(arm.groups("diverged")[width])),
+        round(sum(spent), 1),
+    ]
