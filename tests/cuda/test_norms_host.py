@@ -226,7 +226,7 @@ def reference_filter_norms(tensors: list[Tensor], rows: list[int]) -> NDArray[np
 
 
 # rows x elements a row: one warp a row up to 8191 elements, a block from 8192 on
-SHAPES = [(1, 1), (7, 27), (8, 9), (0, 5), (3, 8192), (9, 1), (5, 0), (17, 33), (2, 8191), (1, 20001), (1, 0)]
+SHAPES = [(1, 1), (7, 27), (8, 9), (0, 5), (6, 8193), (9, 1), (5, 0), (17, 33), (2, 8191), (1, 20001), (1, 0)]
 
 
 @pytest.mark.parametrize("order", ORDERS)
