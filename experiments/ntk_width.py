@@ -107,10 +107,17 @@ class Config:
     """The linearization error is taken on the first that many test images."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or min((*self.widths, self.kernel_samples, self.function_samples), default=0) < 1:
-            raise ValueError(f"Config: seeds, widths and sample counts must be at least 1, got {self}")
-        if len(set(self.widths)) != len(self.widths) or not self.arms or not set(self.arms) <= set(ARMS):
-            raise ValueError(f"Config: widths must differ and arms be some of {', '.join(ARMS)}, got {self}")
+        counts = (self.seeds, *self.widths, self.kernel_samples, self.function_samples)
+        if not self.widths or min(counts) < 1 or len(set(self.widths)) != len(self.widths):
+            raise ValueError(
+                f"Config: seeds, sample counts and widths must be at least 1, widths different, got {self}"
+            )
+        if not self.arms or not set(self.arms) <= set(ARMS):
+            raise ValueError(f"Config: arms must be some of {', '.join(ARMS)}, got {self.arms}")
+        if self.kernel_samples > self.num_train:
+            raise ValueError(f"Config: kernel_samples must be at most num_train = {self.num_train}, got {self}")
+        for lr in (self.lr, self.lr_ntk):
+            Recipe(self.epochs, self.batch_size, lr, self.momentum)
 
 
 @dataclass(frozen=True)

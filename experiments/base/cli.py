@@ -169,7 +169,7 @@ def run_study(command: Run, bare: Sequence[str], console: Console) -> int:
         torch.set_num_threads(command.threads)
     tools = Tools(device=choose_device(command.device), data_root=command.data)
     try:
-        tools.dataset(config.dataset)
+        tools.dataset(config.dataset, getattr(config, "num_train", None))
     except (OSError, ValueError) as error:
         raise UsageError(f"the data of {command.name} cannot be had: {error}") from None
     if isinstance(command, Estimate):
