@@ -8,7 +8,7 @@ a seed names one network and building a network never moves somebody else's rand
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,13 @@ def _default_init(layer: nn.Linear | nn.Conv2d, generator: torch.Generator | Non
 
 def _linear(in_features: int, out_features: int, generator: torch.Generator | None) -> nn.Linear:
     # skip_init: the constructor's own draw would come from the global generator and is thrown away.
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features)
+    layer = cast("nn.Linear", nn.utils.skip_init(nn.Linear, in_features, out_features))
     _default_init(layer, generator)
     return layer
 
 
 def _conv3x3(in_channels: int, out_channels: int, generator: torch.Generator | None) -> nn.Conv2d:
-    layer = nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, kernel_size=3, padding=1)
+    layer = cast("nn.Conv2d", nn.utils.skip_init(nn.Conv2d, in_channels, out_channels, kernel_size=3, padding=1))
     _default_init(layer, generator)
     return layer
 
@@ -117,6 +117,10 @@ class MLP(nn.Module):
             else:
                 layers.append(_linear(fan_in, fan_out, generator))
         self.layers = nn.ModuleList(layers)
+
+    def linear_layers(self) -> list[nn.Linear]:
+        """The layers in order (``layers``, typed)."""
+        return cast("list[nn.Linear]", list(self.layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, C]`` of inputs ``[N, ...]``."""

@@ -127,9 +127,7 @@ def _digits() -> formats.Arrays:
     return formats.Arrays(images[~test], labels[~test], images[test], labels[test])
 
 
-def _assemble(
-    name: str, arrays: formats.Arrays, published: bool, source: str, device: torch.device | str
-) -> Dataset:
+def _assemble(name: str, arrays: formats.Arrays, published: bool, source: str, device: torch.device | str) -> Dataset:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}".encode())

@@ -149,7 +149,9 @@ def _download(name: str, folder: Path, wanted: Sequence[str], mirrors: Sequence[
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"load: the cache {folder} must be writable (set XDG_CACHE_HOME to move it), got: {error}") from error
+        raise OSError(
+            f"load: the cache {folder} must be writable (set XDG_CACHE_HOME to move it), got: {error}"
+        ) from error
     used: dict[str, None] = {}
     sources = [(f"{file}.gz", [file]) for file in wanted] if name == "mnist" else [(CIFAR_ARCHIVE, list(wanted))]
     for remote, files in sources:
@@ -193,7 +195,9 @@ def _fetch(url: str, label: str) -> bytes:
 
 
 def _bar() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), transient=True)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), transient=True
+    )
 
 
 def _unpack(remote: str, packed: bytes, md5s: Mapping[str, str]) -> dict[str, bytes]:

@@ -73,7 +73,9 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
 
 def _check_labels(path: Path, labels: np.ndarray, count: int) -> None:
     if len(labels) != count or count == 0:
-        raise ValueError(f"load: {path} must hold one label for each of {count} images (at least one), got {len(labels)}")
+        raise ValueError(
+            f"load: {path} must hold one label for each of {count} images (at least one), got {len(labels)}"
+        )
     if labels.max() > 9:
         raise ValueError(f"load: {path} must hold labels 0..9, got {int(labels.max())}")
 
@@ -140,7 +142,9 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         batch = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly any type (IndexError, KeyError, UnicodeDecodeError, ...)
+    except (
+        Exception
+    ) as error:  # a damaged pickle raises nearly any type (IndexError, KeyError, UnicodeDecodeError, ...)
         raise ValueError(
             f"load: {path} must be a CIFAR-10 batch (a pickled dict of arrays), got a corrupt, truncated or foreign file: "
             f"{type(error).__name__}: {error}"

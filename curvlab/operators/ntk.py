@@ -64,7 +64,9 @@ def empirical_ntk(
     with torch.no_grad():
         outputs = functional_call(model, theta, (x[:1],))
     if outputs.ndim != 2:
-        raise ValueError(f"empirical_ntk: model must map [N, ...] to [N, C], got outputs {list(outputs.shape)} for one sample")
+        raise ValueError(
+            f"empirical_ntk: model must map [N, ...] to [N, C], got outputs {list(outputs.shape)} for one sample"
+        )
     layers = kernels.find_layers(model, theta, x[:1]) if structured else []
     rest = [name for name in theta if not any(name in layer.names for layer in layers)]
     _check_budget(layers, [theta[name] for name in rest], x, outputs, budget_bytes)
@@ -89,7 +91,9 @@ def kernel_drift(kernel: Tensor, reference: Tensor) -> float:
         ValueError: shapes differ, or the reference is zero.
     """
     if kernel.shape != reference.shape:
-        raise ValueError(f"kernel_drift: kernel must be {list(reference.shape)} like reference, got {list(kernel.shape)}")
+        raise ValueError(
+            f"kernel_drift: kernel must be {list(reference.shape)} like reference, got {list(kernel.shape)}"
+        )
     # Row blocks: whole float64 copies of a 5000 x 5000 kernel would be 0.4 GB for two numbers.
     moved = base = 0.0
     for now, start in zip(kernel.split(256), reference.split(256), strict=True):
@@ -130,7 +134,9 @@ def linearization_error(model: nn.Module, params0: Sequence[Tensor], x: Tensor) 
         end = model(x)
     change = (end - start).double().norm().item()
     if change == 0.0:
-        raise ValueError("linearization_error: the outputs at params0 must differ from the model's, got no change at all")
+        raise ValueError(
+            "linearization_error: the outputs at params0 must differ from the model's, got no change at all"
+        )
     return (end - linear).double().norm().item() / change
 
 
@@ -140,7 +146,7 @@ def _linearize(
     start, end = _named(model, params0, owner), _named(model, params1, owner)
     step = {name: end[name] - start[name] for name in start}
     with torch.no_grad():
-        value, change = jvp(lambda theta: functional_call(model, theta, (x,)), (start,), (step,))
+        value, change = jvp(lambda theta: functional_call(model, theta, (x,)), (start,), (step,))[:2]
     return value, value + change
 
 
@@ -221,7 +227,9 @@ def _compare_with_autograd(kernel: Tensor, model: nn.Module, theta: dict[str, Te
     tolerance = 1e-8 if kernel.dtype == torch.float64 else 1e-2 if kernel.dtype.itemsize == 2 else 1e-4
     for i in range(2):
         for j in range(i, 2):
-            exact = sum((a * b).sum().item() for a, b in zip(pair[i], pair[j], strict=True) if a is not None and b is not None)
+            exact = sum(
+                (a * b).sum().item() for a, b in zip(pair[i], pair[j], strict=True) if a is not None and b is not None
+            )
             got = kernel[ends[i], ends[j]].item()
             if abs(got - exact) > tolerance * max(scale, abs(exact)):
                 raise ValueError(

@@ -63,4 +63,4 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     pieces = vector.split(sizes)
     if vector.ndim == 1:
         return [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
-    return [piece.T.reshape(-1, *tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+    return [piece.T.reshape(vector.shape[1], *tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]

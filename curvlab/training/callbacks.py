@@ -70,7 +70,9 @@ class Callbacks:
             self.per_state = [list(source) for _ in states]
         for callback in (one for row in self.per_state for one in row):
             if isinstance(callback, type) or not any(callable(getattr(callback, event, None)) for event in EVENTS):
-                raise TypeError(f"train: a callback must be an object with one of {', '.join(EVENTS)}, got {callback!r}")
+                raise TypeError(
+                    f"train: a callback must be an object with one of {', '.join(EVENTS)}, got {callback!r}"
+                )
         self._calls = {
             event: [
                 [getattr(one, event) for one in row if callable(getattr(one, event, None))] for row in self.per_state

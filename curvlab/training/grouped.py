@@ -156,7 +156,9 @@ def choose_engine(models: Sequence[nn.Module]) -> tuple[int, str]:
     if not all(type(model) is MLP for model in models):
         return 0, "only MLPs can be stacked"
     mlps = cast("Sequence[MLP]", models)
-    shapes = {tuple((layer.weight.shape, getattr(layer, "affine_scale", 1.0)) for layer in m.layers) for m in mlps}
+    shapes = {
+        tuple((layer.weight.shape, getattr(layer, "affine_scale", 1.0)) for layer in m.linear_layers()) for m in mlps
+    }
     if len(shapes) > 1:
         return 0, "the networks differ in shape or parametrization"
     params = list(mlps[0].parameters())

@@ -15,7 +15,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,84 +26,11 @@ from curvlab.data import Dataset
 from curvlab.training import seeding
 from curvlab.training.callbacks import Callbacks, CallbackSource, TrainState
 from curvlab.training.checkpoint import CheckpointFile
+from curvlab.training.recipe import GroupResult, Recipe, TrainResult
 
 __all__ = ["GroupResult", "PlainEngine", "Recipe", "TrainResult", "drive", "evaluate", "train"]
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: everything that changes the result besides network, data and seed.
-
-    Raises:
-        ValueError: epochs or batch_size below one, lr not positive and finite, momentum outside [0, 1), an unknown
-            schedule.
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float = 0.9
-    schedule: Literal["cosine", "constant"] = "cosine"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"Recipe: {name} must be an int of at least 1, got {value!r}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"Recipe: lr must be positive and finite, got {self.lr!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"Recipe: momentum must be in [0, 1), got {self.momentum!r}")
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"Recipe: schedule must be 'cosine' or 'constant', got {self.schedule!r}")
-
-    def learning_rate(self, epoch: int) -> float:
-        """lr of epoch e = 0 .. epochs-1 (``CosineAnnealingLR`` stepped once an epoch, to 0 after the last)."""
-        if self.schedule == "constant":
-            return self.lr
-        return 0.5 * self.lr * (1.0 + math.cos(math.pi * epoch / self.epochs))
-
-    def steps_per_epoch(self, num_train: int) -> int:
-        """Updates an epoch: ceil(num_train / batch_size)."""
-        return -(-num_train // self.batch_size)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training run reports.
-
-    Attributes:
-        history: one row an epoch: ``{seed, epoch, step, train_loss, train_accuracy}``.  Loss (mean cross-entropy, nats)
-            and accuracy (share in 0..1) are the running ones: measured on each batch before its update.
-        diverged: an epoch's loss was NaN or infinite; training stopped there.
-        engine: which engine ran.
-        seconds: wall time of this call.
-    """
-
-    history: list[dict[str, Any]]
-    diverged: bool
-    engine: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    """What a group reports: as :class:`TrainResult`, the rows of all networks together.
-
-    Attributes:
-        history: rows ``{seed, epoch, step, train_loss, train_accuracy}``, epoch by epoch, in the order of the seeds;
-            a network that diverged has no rows after that epoch.
-        diverged: one flag a network, in the order of the seeds.
-        engine: "grouped" or "one-by-one", and why.
-        seconds: wall time of this call, all networks together.
-    """
-
-    history: list[dict[str, Any]]
-    diverged: tuple[bool, ...]
-    engine: str
-    seconds: float
 
 
 class Engine(Protocol):
@@ -138,7 +66,9 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 2048) 
         ValueError: no samples, or x and y of different length.
     """
     if len(x) == 0 or len(x) != len(y):
-        raise ValueError(f"evaluate: x and y must hold the same number of samples, at least 1, got {len(x)} and {len(y)}")
+        raise ValueError(
+            f"evaluate: x and y must hold the same number of samples, at least 1, got {len(x)} and {len(y)}"
+        )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -277,7 +207,9 @@ def check_inputs(owner: str, models: Sequence[nn.Module], data: Dataset, seeds: 
             raise ValueError(f"{owner}: model must have parameters, got none")
         for param in params:
             if param.device != data.train_x.device:
-                raise ValueError(f"{owner}: model must be on the data's device {data.train_x.device}, got {param.device}")
+                raise ValueError(
+                    f"{owner}: model must be on the data's device {data.train_x.device}, got {param.device}"
+                )
             if param.dtype != data.train_x.dtype:
                 raise ValueError(f"{owner}: model must have the data's dtype {data.train_x.dtype}, got {param.dtype}")
 
@@ -296,38 +228,44 @@ def drive(
     states, device = engine.states, data.train_x.device
     watchers = Callbacks(callbacks, states)
     generators = [seeding.generator(state.seed, "order") for state in states]
-    identity = _identity(engine, data, recipe)
     history: list[dict[str, Any]] = []
+    try:
+        for state in states:
+            # Before the checkpoint is read, so that a recorder of movement sees the initial network also on resume.
+            watchers.fire("on_start", state)
+        run = _Run(engine, watchers, generators, _identity(engine, data, recipe), history)
+        if checkpoint is not None:
+            run.resume(checkpoint)
+        _epochs(run, data, recipe, checkpoint, progress)
+    finally:
+        engine.finish()
     for state in states:
-        # Before the checkpoint is read, so that a recorder of movement sees the initial network also on resume.
-        watchers.fire("on_start", state)
-    if checkpoint is not None:
-        history = _resume(checkpoint, identity, engine, watchers, generators)
-    on_step = (lambda state: watchers.fire("on_step", state)) if watchers.watches_steps else None
+        watchers.fire("on_end", state)
+    return GroupResult(history, tuple(state.diverged for state in states), engine.name, time.perf_counter() - began)
+
+
+def _epochs(
+    run: _Run, data: Dataset, recipe: Recipe, checkpoint: CheckpointFile | None, progress: Progress | None
+) -> None:
+    states, num = run.engine.states, len(data.train_x)
+    on_step = partial(run.watchers.fire, "on_step") if run.watchers.watches_steps else None
     done = states[0].epoch
     if progress is not None:
         progress(done, recipe.epochs)
     for epoch in range(done, recipe.epochs):
         if all(state.diverged for state in states):
             break
-        num = len(data.train_x)
-        orders = torch.stack([torch.randperm(num, generator=g) for g in generators]).to(device)
-        loss_sum, correct = engine.epoch(orders, recipe.learning_rate(epoch), on_step)
+        orders = torch.stack([torch.randperm(num, generator=g) for g in run.generators]).to(data.train_x.device)
+        loss_sum, correct = run.engine.epoch(orders, recipe.learning_rate(epoch), on_step)
         # The only host synchronization of the epoch.
         for state, loss, hits in zip(states, loss_sum.tolist(), correct.tolist(), strict=True):
-            _close_epoch(state, epoch + 1, loss / num, hits / num, history)
+            _close_epoch(state, epoch + 1, loss / num, hits / num, run.history)
         for state in states:
-            watchers.fire("on_epoch", state)
+            run.watchers.fire("on_epoch", state)
         if checkpoint is not None and checkpoint.due():
-            _save(checkpoint, identity, engine, watchers, generators, history)
+            run.save(checkpoint)
         if progress is not None:
             progress(epoch + 1, recipe.epochs)
-    engine.finish()
-    for state in states:
-        watchers.fire("on_end", state)
-    return GroupResult(
-        history, tuple(state.diverged for state in states), engine.name, time.perf_counter() - began
-    )
 
 
 def _close_epoch(state: TrainState, epoch: int, loss: float, accuracy: float, history: list[dict[str, Any]]) -> None:
@@ -352,49 +290,46 @@ def _identity(engine: Engine, data: Dataset, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _save(
-    checkpoint: CheckpointFile,
-    identity: dict[str, Any],
-    engine: Engine,
-    watchers: Callbacks,
-    generators: Sequence[torch.Generator],
-    history: list[dict[str, Any]],
-) -> None:
-    tensors = engine.tensors() | {f"order.{i}": g.get_state() for i, g in enumerate(generators)}
-    header = {
-        "identity": identity,
-        "epoch": engine.states[0].epoch,
-        "step": [state.step for state in engine.states],
-        "diverged": [state.diverged for state in engine.states],
-        "history": history,
-        "callbacks": watchers.state_dict(),
-    }
-    checkpoint.save(tensors, header)
+@dataclass
+class _Run:
+    """What a checkpoint holds beside the recipe: the engine's tensors, random states, rows, what callbacks keep."""
 
+    engine: Engine
+    watchers: Callbacks
+    generators: Sequence[torch.Generator]
+    identity: dict[str, Any]
+    history: list[dict[str, Any]]
 
-def _resume(
-    checkpoint: CheckpointFile,
-    identity: dict[str, Any],
-    engine: Engine,
-    watchers: Callbacks,
-    generators: Sequence[torch.Generator],
-) -> list[dict[str, Any]]:
-    loaded = checkpoint.load()
-    if loaded is None:
-        return []
-    tensors, header = loaded
-    for key, expected in identity.items():
-        got = header["identity"].get(key)
-        if got != expected:
-            raise ValueError(
-                f"train: checkpoint {checkpoint.path} is of another run: {key} must be {expected}, got {got}; "
-                "delete the file or name another one"
-            )
-    for i, g in enumerate(generators):
-        g.set_state(tensors.pop(f"order.{i}"))
-    engine.load_tensors(tensors)
-    watchers.load_state_dict(header["callbacks"])
-    for state, step, diverged in zip(engine.states, header["step"], header["diverged"], strict=True):
-        state.epoch, state.step, state.diverged = header["epoch"], step, diverged
-        state.history.extend(row for row in header["history"] if row["seed"] == state.seed)
-    return list(header["history"])
+    def save(self, checkpoint: CheckpointFile) -> None:
+        states = self.engine.states
+        tensors = self.engine.tensors() | {f"order.{i}": g.get_state() for i, g in enumerate(self.generators)}
+        header = {
+            "identity": self.identity,
+            "epoch": states[0].epoch,
+            "step": [state.step for state in states],
+            "diverged": [state.diverged for state in states],
+            "history": self.history,
+            "callbacks": self.watchers.state_dict(),
+        }
+        checkpoint.save(tensors, header)
+
+    def resume(self, checkpoint: CheckpointFile) -> None:
+        loaded = checkpoint.load()
+        if loaded is None:
+            return
+        tensors, header = loaded
+        for key, expected in self.identity.items():
+            got = header["identity"].get(key)
+            if got != expected:
+                raise ValueError(
+                    f"train: checkpoint {checkpoint.path} is of another run: {key} must be {expected}, got {got}; "
+                    "delete the file or name another one"
+                )
+        for i, g in enumerate(self.generators):
+            g.set_state(tensors.pop(f"order.{i}"))
+        self.engine.load_tensors(tensors)
+        self.watchers.load_state_dict(header["callbacks"])
+        for state, step, diverged in zip(self.engine.states, header["step"], header["diverged"], strict=True):
+            state.epoch, state.step, state.diverged = header["epoch"], step, diverged
+            state.history.extend(row for row in header["history"] if row["seed"] == state.seed)
+        self.history.extend(header["history"])

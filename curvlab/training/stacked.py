@@ -133,7 +133,7 @@ class Stack:
 
 def _flatten_models(models: Sequence[MLP]) -> tuple[list[_Layer], Tensor, Tensor]:
     """Copy the models' parameters into one flat buffer; returns the stacked views, theta and v (zero)."""
-    count, first = len(models), list(models[0].layers)
+    count, first = len(models), models[0].linear_layers()
     sizes = [count * param.numel() for layer in first for param in (layer.weight, layer.bias)]
     padded = [-(-size // ALIGN) * ALIGN for size in sizes]
     theta = first[0].weight.detach().new_zeros(sum(padded))
@@ -145,8 +145,8 @@ def _flatten_models(models: Sequence[MLP]) -> tuple[list[_Layer], Tensor, Tensor
         weights = [flat[:n].view(count, *layer.weight.shape) for flat in (weight, weight_v)]
         biases = [flat[:m].view(count, 1, -1) for flat in (bias, bias_v)]
         for s, model in enumerate(models):
-            weights[0][s].copy_(model.layers[i].weight.detach())
-            biases[0][s, 0].copy_(model.layers[i].bias.detach())
+            weights[0][s].copy_(model.linear_layers()[i].weight.detach())
+            biases[0][s, 0].copy_(model.linear_layers()[i].bias.detach())
         scale = getattr(layer, "affine_scale", 1.0)
         layers.append(_Layer(weights[0], biases[0], weights[1], biases[1], scale))
     return layers, theta, velocity

@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop and the grouped engine: against a loop written out here, against each other, and against interruption."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from curvlab.data import Dataset
+from curvlab.models import CNN, MLP
+from curvlab.training import CheckpointFile, Recipe, evaluate, generator, train, train_group
+from curvlab.training.grouped import GroupedEngine, choose_engine
+from curvlab.training.loop import PlainEngine, drive
+
+F64 = torch.float64
+
+
+def dataset(num: int = 300, dtype: torch.dtype = F64, features: tuple[int, ...] = (1, 4, 5)) -> Dataset:
+    """Ten noisy clusters: learnable, and never wholly."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 10, (num + 50,), generator=g)
+    centers = torch.randn(10, *features, generator=g)
+    x = (centers[y] + 0.8 * torch.randn(num + 50, *features, generator=g)).to(dtype)
+    return Dataset("clusters", x[:num], y[:num], x[num:], y[num:], 10, False, "0" * 16, "made here")
+
+
+def networks(
+    seeds=(0, 1, 2), *, width: int = 9, parametrization: str = "standard", dtype: torch.dtype = F64
+) -> list[MLP]:
+    return [
+        MLP(width, in_features=20, parametrization=parametrization, generator=generator(s, "init")).to(dtype)  # type: ignore[arg-type]
+        for s in seeds
+    ]
+
+
+def written_out(model: nn.Module, data: Dataset, recipe: Recipe, seed: int) -> list[tuple[float, float]]:
+    """The loop as a researcher writes it, with torch's own optimizer and scheduler."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=recipe.epochs)
+    order = generator(seed, "order")
+    rows = []
+    for _ in range(recipe.epochs):
+        loss_sum = hits = 0.0
+        for batch in torch.randperm(len(data.train_x), generator=order).split(recipe.batch_size):
+            x, y = data.train_x[batch], data.train_y[batch]
+            optimizer.zero_grad()
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item() * len(batch)
+            hits += (logits.argmax(1) == y).sum().item()
+        scheduler.step()
+        rows.append((loss_sum / len(data.train_x), hits / len(data.train_x)))
+    return rows
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+RECIPE = Recipe(epochs=6, batch_size=64, lr=0.2)
+
+
+def test_train_is_the_loop_written_out():
+    data = dataset()
+    mine, theirs = networks((3,))[0], networks((3,))[0]
+    rows = written_out(theirs, data, RECIPE, 3)
+    result = train(mine, data, RECIPE, seed=3)
+    assert distance(mine, theirs) < 1e-12
+    for row, (loss, accuracy) in zip(result.history, rows, strict=True):
+        assert row["train_loss"] == pytest.approx(loss, rel=1e-10)
+        assert row["train_accuracy"] == pytest.approx(accuracy)
+    assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
+    assert [row["step"] for row in result.history] == [5, 10, 15, 20, 25, 30]  # 300 samples: four full batches and 44
+    assert set(result.history[0]) == {"seed", "epoch", "step", "train_loss", "train_accuracy"}
+    assert result.engine == "plain" and not result.diverged
+
+
+@pytest.mark.parametrize(("parametrization", "lr"), [("standard", 0.1), ("ntk", 2.0)])
+@pytest.mark.parametrize("stack_size", [1, 2, 3])
+@pytest.mark.parametrize("num", [300, 320, 40])  # a partial batch, none, and less than one batch
+def test_grouped_agrees_with_plain(parametrization, lr, stack_size, num):
+    data, recipe = dataset(num), Recipe(5, 64, lr)
+    plain, grouped = (networks(parametrization=parametrization) for _ in range(2))
+    a = drive(PlainEngine(plain, data, recipe, seeds=[4, 5, 6]), data, recipe)
+    b = drive(GroupedEngine(grouped, data, recipe, seeds=[4, 5, 6], stack_size=stack_size), data, recipe)
+    start = networks(parametrization=parametrization)
+    for one, two, initial in zip(plain, grouped, start, strict=True):
+        assert distance(one, two) < 1e-10
+        assert distance(one, initial) > 1e-3
+    for one, two in zip(a.history, b.history, strict=True):
+        assert {k: one[k] for k in ("seed", "epoch", "step")} == {k: two[k] for k in ("seed", "epoch", "step")}
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-10)
+        assert two["train_accuracy"] == one["train_accuracy"]
+
+
+def test_a_network_trains_the_same_in_any_company():
+    data = dataset()
+    together, alone = networks((0, 1, 2)), networks((1,))
+    train_group(together, data, RECIPE, seeds=[0, 1, 2])
+    train(alone[0], data, RECIPE, seed=1)
+    assert distance(together[1], alone[0]) < 1e-10
+
+
+def test_grouped_repeats_its_bits_in_float32():
+    data = dataset(dtype=torch.float32)
+    once, again = (networks(dtype=torch.float32, width=40) for _ in range(2))
+    first = train_group(once, data, RECIPE, seeds=[0, 1, 2])
+    second = train_group(again, data, RECIPE, seeds=[0, 1, 2])
+    assert all(equal(a, b) for a, b in zip(once, again, strict=True))
+    assert first.history == second.history
+    assert first.engine == "grouped"
+
+
+def test_models_keep_their_parameter_objects_and_storage():
+    models = networks((0, 1))
+    params = [list(model.parameters()) for model in models]
+    pointers = [[p.data_ptr() for p in row] for row in params]
+    train_group(models, dataset(), RECIPE, seeds=[0, 1])
+    for model, row, where in zip(models, params, pointers, strict=True):
+        assert all(a is b for a, b in zip(model.parameters(), row, strict=True))
+        assert [p.data_ptr() for p in row] == where
+        assert all(p.requires_grad and p.grad is None and p.is_leaf for p in row)
+
+
+def test_engine_is_chosen_by_kind_and_size():
+    mlps = networks()
+    assert choose_engine(mlps)[0] == 3
+    assert choose_engine([MLP(1024), MLP(1024)])[0] == 1
+    assert choose_engine([MLP(8), MLP(9)])[0] == 0
+    assert choose_engine([MLP(8), MLP(8, parametrization="ntk")])[0] == 0
+    assert choose_engine([CNN(2)])[0] == 0
+    mlps[0].layers[0].weight.requires_grad_(False)
+    assert choose_engine(mlps)[0] == 0
+
+
+def test_what_cannot_be_stacked_is_trained_one_by_one():
+    data = dataset(64, features=(3, 8, 8))
+    models, alone = ([CNN(2, image_size=8, generator=generator(s, "init")).double() for s in (0, 1)] for _ in range(2))
+    result = train_group(models, data, Recipe(2, 32, 0.05), seeds=[0, 1])
+    assert result.engine == "one-by-one"
+    for s in (0, 1):
+        train(alone[s], data, Recipe(2, 32, 0.05), seed=s)
+        assert equal(models[s], alone[s])
+
+
+def test_learning_rate_is_the_cosine_of_the_scheduler():
+    recipe = Recipe(7, 10, 0.3)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7)
+    for epoch in range(7):
+        assert recipe.learning_rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    assert recipe.learning_rate(0) == 0.3
+    assert Recipe(7, 10, 0.3, schedule="constant").learning_rate(6) == 0.3
+
+
+class Watcher:
+    """Writes down what it sees; keeps a number across a checkpoint."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple] = []
+        self.loads: list[int] = []
+        self.start: list[torch.Tensor] = []
+        self.count = 0
+
+    def on_start(self, state) -> None:
+        self.start = [param.detach().clone() for param in state.params]
+        self.events.append(("start", state.seed, state.epoch, state.step))
+
+    def on_step(self, state) -> None:
+        self.count += 1
+        self.events.append(("step", state.seed, state.epoch, state.step))
+        self.loads.append(sum(p.detach().sum().item() for p in state.params).__hash__())
+
+    def on_epoch(self, state) -> None:
+        self.events.append(("epoch", state.seed, state.epoch, state.step))
+        assert state.history[-1]["epoch"] == state.epoch
+
+    def on_end(self, state) -> None:
+        self.events.append(("end", state.seed, state.epoch, state.step))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        self.count = saved["count"]
+
+
+@pytest.mark.parametrize("kind", ["grouped", "one a stack", "plain"])
+def test_callbacks_see_live_networks_of_their_own_seed(kind):
+    data, recipe, models = dataset(100), Recipe(2, 64, 0.1), networks((5, 7))
+    initial = networks((5, 7))
+    watchers = {5: Watcher(), 7: Watcher()}
+    engines = {
+        "grouped": lambda: GroupedEngine(models, data, recipe, seeds=[5, 7], stack_size=2),
+        "one a stack": lambda: GroupedEngine(models, data, recipe, seeds=[5, 7], stack_size=1),
+        "plain": lambda: PlainEngine(models, data, recipe, seeds=[5, 7]),
+    }
+    drive(engines[kind](), data, recipe, callbacks=lambda seed: [watchers[seed]])
+    for s, seed in enumerate((5, 7)):
+        seen = watchers[seed]
+        assert seen.events == [
+            ("start", seed, 0, 0), ("step", seed, 0, 1), ("step", seed, 0, 2), ("epoch", seed, 1, 2),
+            ("step", seed, 1, 3), ("step", seed, 1, 4), ("epoch", seed, 2, 4), ("end", seed, 2, 4),
+        ]  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(seen.start, initial[s].parameters(), strict=True))
+        assert len(set(seen.loads)) == 4  # every step moved the tensors that it saw
+
+
+def test_a_callback_may_evaluate_and_change_the_network():
+    """Pruning enters this way: what a callback zeroes is zero when the next step begins."""
+
+    class Prune:
+        def on_step(self, state) -> None:
+            evaluate(state.model, data.test_x, data.test_y)
+            with torch.no_grad():
+                state.params[0][:, ::2] = 0
+
+    data = dataset()
+    plain, grouped = networks((0, 1)), networks((0, 1))
+    drive(PlainEngine(plain, data, RECIPE, seeds=[0, 1]), data, RECIPE, callbacks=lambda seed: [Prune()])
+    train_group(grouped, data, RECIPE, seeds=[0, 1], callbacks=lambda seed: [Prune()])
+    for one, two in zip(plain, grouped, strict=True):
+        assert distance(one, two) < 1e-10
+        assert two.layers[0].weight[:, ::2].abs().max() == 0 < two.layers[0].weight.abs().max()
+
+
+class Stop(Exception):
+    """Ends a run in the middle."""
+
+
+def interrupted(epoch: int):
+    class Interrupt:
+        def on_epoch(self, state) -> None:
+            if state.epoch == epoch:
+                raise Stop
+
+    return Interrupt()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_resume_ends_with_the_same_bits(tmp_path, kind):
+    if kind == "mlp":
+        data, seeds = dataset(dtype=torch.float32), [0, 1, 2]
+        make = lambda: networks(dtype=torch.float32)  # noqa: E731
+    else:
+        data, seeds = dataset(80, torch.float32, (3, 8, 8)), [0, 1]
+        make = lambda: [
+            nn.Sequential(nn.Dropout(0.2), CNN(2, image_size=8, generator=generator(s, "init"))) for s in seeds
+        ]
+    torch.manual_seed(1)
+    whole, result = make(), None
+    watchers = {seed: Watcher() for seed in seeds}
+    result = train_group(whole, data, RECIPE, seeds=seeds, callbacks=lambda seed: [watchers[seed]])
+    torch.manual_seed(1)
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    cut = {seed: [Watcher(), interrupted(4)] for seed in seeds}
+    with pytest.raises(Stop):
+        train_group(
+            make(),
+            data,
+            RECIPE,
+            seeds=seeds,
+            callbacks=lambda seed: cut[seed],
+            checkpoint=CheckpointFile(path, every_seconds=0),
+        )
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    torch.manual_seed(99)  # the resumed process has another random state
+    resumed = make()
+    seen = {seed: [Watcher(), interrupted(99)] for seed in seeds}
+    done: list[int] = []
+    again = train_group(
+        resumed, data, RECIPE, seeds=seeds, callbacks=lambda seed: seen[seed],
+        checkpoint=CheckpointFile(path, every_seconds=0), progress=lambda epoch, total: done.append(epoch),
+    )  # fmt: skip
+    assert done == [3, 4, 5, 6]
+    assert again.history == result.history
+    for s, seed in enumerate(seeds):
+        assert equal(whole[s], resumed[s])
+        assert all(torch.equal(a, b) for a, b in zip(whole[s].buffers(), resumed[s].buffers(), strict=True))
+        assert seen[seed][0].count == watchers[seed].count
+        assert all(torch.equal(a, b) for a, b in zip(seen[seed][0].start, watchers[seed].start, strict=True))
+
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = {path!r}
+import torch
+from test_training_helper import RECIPE, dataset, networks
+from curvlab.training import CheckpointFile, train_group
+torch.set_num_threads(1)
+class Slow:
+    def on_epoch(self, state):
+        print(state.epoch, flush=True)
+        time.sleep({pause})
+models = networks(dtype=torch.float32)
+train_group(models, dataset(dtype=torch.float32), RECIPE, seeds=[0, 1, 2], callbacks=lambda seed: [Slow()],
+            checkpoint=CheckpointFile({checkpoint!r}, every_seconds=0))
+torch.save([[p.detach() for p in m.parameters()] for m in models], {out!r})
+"""
+
+
+def test_a_killed_process_resumes_with_the_same_bits(tmp_path):
+    """kill -9 while it trains; a fresh process goes on from the checkpoint and ends as one that was never killed."""
+    (tmp_path / "test_training_helper.py").write_text(Path(__file__).read_text())
+
+    def start(name: str, out: str, pause: float) -> subprocess.Popen[str]:
+        paths = [str(tmp_path), os.getcwd()]
+        code = SCRIPT.format(path=paths, pause=pause, checkpoint=str(tmp_path / name), out=str(tmp_path / out))
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    killed = start("a", "unused", 0.05)
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if int(line) == 3:
+            break
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "unused").exists() and (tmp_path / "a").exists()
+    resumed, whole = start("a", "resumed", 0), start("b", "whole", 0)
+    first = resumed.communicate(timeout=120)[0].split()
+    whole.communicate(timeout=120)
+    assert int(first[0]) in (3, 4)  # finished epochs are not repeated
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("resumed", "whole"))
+    for a, b in zip(one, two, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    data, path = dataset(), tmp_path / "c"
+    train_group(networks(), data, Recipe(2, 64, 0.1), seeds=[0, 1, 2], checkpoint=CheckpointFile(path, every_seconds=0))
+    for recipe, seeds in ((Recipe(2, 64, 0.2), [0, 1, 2]), (Recipe(2, 64, 0.1), [0, 1, 3])):
+        models = networks()
+        with pytest.raises(ValueError, match="is of another run: (recipe|seeds) must be"):
+            train_group(models, data, recipe, seeds=seeds, checkpoint=CheckpointFile(path))
+    finished = networks()
+    result = train_group(finished, data, Recipe(2, 64, 0.1), seeds=[0, 1, 2], checkpoint=CheckpointFile(path))
+    assert len(result.history) == 6 and distance(finished[0], networks()[0]) > 0  # a finished run is not repeated
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "c"
+    file = CheckpointFile(path)
+    assert file.load() is None
+    file.save({"a": torch.arange(5.0)[::2], "b": torch.zeros((), dtype=torch.bool)}, {"epoch": 3})
+    tensors, header = file.load() or ({}, {})
+    assert tensors["a"].tolist() == [0, 2, 4] and header == {"epoch": 3}
+    for content in (path.read_bytes()[:-3], b"", b"not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="must be a checkpoint written by curvlab"):
+            file.load()
+    file.remove()
+    file.remove()
+    assert not path.exists()
+
+
+def test_a_failed_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    file = CheckpointFile(tmp_path / "c")
+    file.save({"a": torch.ones(1)}, {})
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.save({"a": torch.zeros(1)}, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert (file.load() or ({}, {}))[0]["a"].item() == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        CheckpointFile(tmp_path / "file" / "c").save({"a": torch.zeros(1)}, {})
+
+
+def test_shared_storage_is_saved_apart(tmp_path):
+    whole = torch.arange(10.0)
+    file = CheckpointFile(tmp_path / "c")
+    file.save({"whole": whole, "part": whole[2:4], "again": whole}, {})
+    tensors, _ = file.load() or ({}, {})
+    assert tensors["part"].tolist() == [2, 3] and torch.equal(tensors["again"], whole)
+
+
+def test_due_waits(tmp_path):
+    assert CheckpointFile(tmp_path / "c", every_seconds=0).due()
+    slow = CheckpointFile(tmp_path / "c", every_seconds=0.05)
+    assert not slow.due()
+    time.sleep(0.06)
+    assert slow.due()
+    slow.save({}, {})
+    assert not slow.due()
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        CheckpointFile(tmp_path / "c", every_seconds=-1)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "plain"])
+def test_divergence_is_a_flag_not_an_exception(kind):
+    data = dataset()
+    models = networks((0, 1))
+    with torch.no_grad():
+        models[1].layers[1].weight[0, 0] = float("nan")
+    engine = (
+        GroupedEngine(models, data, RECIPE, seeds=[0, 1], stack_size=2)
+        if kind == "grouped"
+        else PlainEngine(models, data, RECIPE, seeds=[0, 1])
+    )
+    result = drive(engine, data, RECIPE)
+    assert result.diverged == (False, True)
+    assert [row["epoch"] for row in result.history if row["seed"] == 0] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in result.history if row["seed"] == 1] == [1]
+    healthy = networks((0,))[0]
+    train(healthy, data, RECIPE, seed=0)
+    assert distance(models[0], healthy) < 1e-10  # the sick neighbor did not infect it
+
+
+def test_a_run_ends_when_all_have_diverged():
+    result = train(networks((0,))[0], dataset(), Recipe(50, 64, 1e200), seed=0)
+    assert result.diverged and len(result.history) < 5
+
+
+def test_evaluate_is_the_mean_in_eval_mode_and_restores_the_mode():
+    data = dataset(64, features=(3, 8, 8))
+    model = nn.Sequential(nn.Dropout(0.5), CNN(2, image_size=8, generator=generator(0, "init"))).double().train()
+    model[1].features[1].eval()
+    modes = [module.training for module in model.modules()]
+    loss, accuracy = evaluate(model, data.train_x, data.train_y, batch_size=10)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    logits = model(data.train_x)
+    assert loss == pytest.approx(F.cross_entropy(logits, data.train_y).item(), rel=1e-12)
+    assert accuracy == pytest.approx((logits.argmax(1) == data.train_y).double().mean().item())
+    for x, y in ((data.train_x[:0], data.train_y[:0]), (data.train_x, data.train_y[:3])):
+        with pytest.raises(ValueError, match="same number of samples"):
+            evaluate(model, x, y)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 0}, {"batch_size": 0}, {"batch_size": 2.5}, {"lr": 0.0}, {"lr": math.nan}, {"lr": -1.0}, {"momentum": 1.0}, {"schedule": "step"}],
+)  # fmt: skip
+def test_recipes_are_checked(change):
+    with pytest.raises(ValueError, match=f"Recipe: {next(iter(change))} must be"):
+        Recipe(**({"epochs": 1, "batch_size": 8, "lr": 0.1} | change))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda d: train_group([], d, RECIPE, seeds=[]), ValueError, "at least one network"),
+        (lambda d: train_group(networks(), d, RECIPE, seeds=[0]), ValueError, r"one per network \(3\), got 1"),
+        (lambda d: train_group(networks(), d, RECIPE, seeds=[0, 1, 1]), ValueError, "differ from each other"),
+        (lambda d: train_group(networks((0,)) * 2, d, RECIPE, seeds=[0, 1]), ValueError, "different objects"),
+        (lambda d: train_group(networks(dtype=torch.float32), d, RECIPE, seeds=[0, 1, 2]), ValueError, "dtype torch.float64, got torch.float32"),
+        (lambda d: train_group([MLP(4, in_features=20).to("meta")], d, RECIPE, seeds=[0]), ValueError, "data's device cpu, got meta"),
+        (lambda d: train_group(networks(), d, RECIPE, seeds=[0, 1, 2], callbacks=[Watcher()]), ValueError, "function seed -> callbacks"),
+        (lambda d: train(networks()[0], d, RECIPE, seed=0, callbacks=[Watcher]), TypeError, "must be an object with one of on_start"),
+        (lambda d: train(networks()[0], d, RECIPE, seed=0, callbacks=[object()]), TypeError, "on_start, on_step"),
+        (lambda d: train(nn.ReLU(), d, RECIPE, seed=0), ValueError, "model must have parameters"),
+        (lambda d: train(networks()[0], d, RECIPE, seed=-1), ValueError, "seed must be 0 or more"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call(dataset(70))
+
+
+def test_streams_are_independent_and_repeatable():
+    draws = {
+        (seed, name): tuple(torch.randint(0, 2**31, (4,), generator=generator(seed, name)).tolist())
+        for seed in range(20)
+        for name in ("init", "order", "probe")
+    }
+    assert len(set(draws.values())) == 60
+    assert draws[0, "init"] == tuple(torch.randint(0, 2**31, (4,), generator=generator(0, "init")).tolist())
+    for wrong, error in (
+        ((-1, "init"), ValueError),
+        ((0, ""), ValueError),
+        ((0.0, "init"), TypeError),
+        ((0, 1), TypeError),
+    ):
+        with pytest.raises(error, match="stream_seed"):
+            generator(*wrong)
