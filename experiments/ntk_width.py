@@ -65,7 +65,7 @@ from experiments.base.laziness import (
     deviations,
     initial_norm_claim,
     lazier_claim,
-    laziness_table,
+    laziness_tables,
     measure,
     movement_rows,
     regime_claim,
@@ -241,7 +241,7 @@ def cost(unit: Unit) -> float:
     params = 784 * unit.width + 2 * unit.width**2
     steps = unit.recipe.epochs * unit.recipe.steps_per_epoch(unit.num_train)
     train = steps * (4e-4 + 6 * params * unit.recipe.batch_size / 6e10)
-    kernels = 8 * (10 * unit.kernel_samples) ** 2 * unit.width / 6e10
+    kernels = (10 * unit.kernel_samples) ** 2 * (1e-7 + 8 * unit.width / 6e10)
     return 0.5 + len(unit.seeds) * (train + kernels + 0.1)
 
 
@@ -377,7 +377,7 @@ def tables(rows: Sequence[Row], config: Config) -> list[Table]:
     about = f"Kernel on the first {config.kernel_samples} training images, linearization error on the first "
     published = PUBLISHED if is_as_written(config) else {}
     return [
-        laziness_table(arms, published, note=f"{about}{config.function_samples} test images."),
+        *laziness_tables(arms, published, note=f"{about}{config.function_samples} test images."),
         slope_table(
             arms,
             MEASURES,

@@ -172,26 +172,26 @@ def deviations(arm: Scaling, published: Mapping[int, float]) -> dict[float, Esti
     return shifts
 
 
-def laziness_table(arms: Mapping[str, Scaling], published: Mapping[int, float], *, note: str) -> Table:
-    """Everything by arm and width; published numbers stand beside the arm named ``standard``."""
-    columns = ["parametrization", "width", "Δ", "SD", "paper's Δ", "deviation %", "‖θ_T−θ_0‖", "‖θ_0‖", "kernel drift",
-               "kernel alignment", "linearization error", "test %", "diverged", "time s"]  # fmt: skip
-    lines = [
-        _table_line(name, arm, width, published if name == "standard" else {})
-        for name, arm in arms.items()
-        for width in arm.groups("diverged")
-    ]
+def laziness_tables(arms: Mapping[str, Scaling], published: Mapping[int, float], *, note: str) -> list[Table]:
+    """Movement, and what laziness is, by arm and width; published numbers stand beside the arm named ``standard``."""
+    places = [(name, arm, width) for name, arm in arms.items() for width in arm.groups("diverged")]
+    moved = ["parametrization", "width", "Δ", "SD", "paper's Δ", "deviation %", "‖θ_T−θ_0‖", "‖θ_0‖"]
+    lines = [_movement_line(name, arm, width, published if name == "standard" else {}) for name, arm, width in places]
     caption = (
         "Means over seeds with 95 % t intervals, relative spread pooled over widths (so one seed has an interval too); "
-        f"SD is the sample's. {note} Alignment: cosine of K_T and K_0. Time: training and measuring, all seeds."
+        "SD is the sample's."
     )
-    return Table("Movement, kernel and accuracy by width", columns, lines, caption)
+    lazy = ["parametrization", "width", "kernel drift", "kernel alignment", "linearization error", "test %", "diverged",
+            "time s"]  # fmt: skip
+    about = f"{note} Alignment: cosine of K_T and K_0. Time: training and measuring, all seeds."
+    return [
+        Table("Movement by width", moved, lines, caption),
+        Table("Kernel, linearization and accuracy by width", lazy, [_lazy_line(*place) for place in places], about),
+    ]
 
 
-def _table_line(name: str, arm: Scaling, width: float, published: Mapping[int, float]) -> list[Any]:
+def _movement_line(name: str, arm: Scaling, width: float, published: Mapping[int, float]) -> list[Any]:
     moved = arm.groups("relative_movement").get(width, [])
-    accuracy = arm.means("test_accuracy").get(width)
-    spent = [sum(arm.groups(metric).get(width, [])) for metric in ("train_seconds", "measure_seconds")]
     return [
         name,
         width,
@@ -200,7 +200,16 @@ def _table_line(name: str, arm: Scaling, width: float, published: Mapping[int, f
         published.get(int(width)),
         deviations(arm, published).get(width),
         arm.means("absolute_movement").get(width),
-        arm.geometric_mean("initial_norm", width),
+        arm.means("initial_norm").get(width),
+    ]
+
+
+def _lazy_line(name: str, arm: Scaling, width: float) -> list[Any]:
+    accuracy = arm.means("test_accuracy").get(width)
+    spent = [sum(arm.groups(metric).get(width, [])) for metric in ("train_seconds", "measure_seconds")]
+    return [
+        name,
+        width,
         arm.means("kernel_drift").get(width),
         arm.means("kernel_alignment").get(width),
         arm.means("linearization_error").get(width),
