@@ -11,8 +11,8 @@ Nothing here has a derivative: a backward pass through a result raises, it never
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -35,16 +35,19 @@ class ParameterNorms:
     Without a reference, ``distance``, ``inner``, ``reference_l2`` and what follows from them are NaN.
     """
 
-    values: Tensor
-    """float64 ``[T, 7]`` (``[7]`` in ``total``), columns as in ``curvlab.ops.norms.COLUMNS``."""
+    table: Tensor
+    """float64 ``[T + 1, 7]``, the last row total (in ``total`` ``[7]``); columns: ``curvlab.ops.norms.COLUMNS``."""
     names: tuple[str, ...]
-    total_values: Tensor
-    """float64 ``[7]``."""
+
+    @property
+    def values(self) -> Tensor:
+        """The rows of the tensors, float64 ``[T, 7]``; in ``total`` ``[7]``."""
+        return self.table[:-1] if self.table.dim() == 2 else self.table
 
     @property
     def total(self) -> ParameterNorms:
         """The same quantities of all tensors as one vector."""
-        return ParameterNorms(self.total_values, ("total",), self.total_values)
+        return ParameterNorms(self.table[-1] if self.table.dim() == 2 else self.table, ("total",))
 
     @property
     def l1(self) -> Tensor:
@@ -92,42 +95,50 @@ class ParameterNorms:
         return self.inner / (self.l2 * self.reference_l2)
 
 
-@contextmanager
-def _in_the_name_of(function: str, op: str = "multi_tensor_norms"):
-    """Lets the errors of an op name the function and the argument that the user wrote."""
-    try:
-        yield
-    except (TypeError, ValueError, NotImplementedError) as error:
-        text = str(error).replace(f"{op}: tensors", f"{function}: params").replace(f"{op}:", f"{function}:")
-        raise type(error)(text.replace("like tensors", "like params")) from None
+def _named_after(function: str, error: Exception, op: str = "multi_tensor_norms") -> Exception:
+    """The error of an op, with the function and the argument that the user wrote."""
+    text = str(error).replace(f"{op}: tensors", f"{function}: params").replace(f"{op}:", f"{function}:")
+    return type(error)(text.replace("like tensors", "like params"))
+
+
+_ERRORS = (TypeError, ValueError, NotImplementedError)
+
+
+@lru_cache(maxsize=64)
+def _indices(count: int) -> tuple[str, ...]:
+    return tuple(map(str, range(count)))
 
 
 def _named(function: str, argument: str, params: Parameters) -> tuple[list[Tensor], tuple[str, ...] | None]:
     """Tensors and names; None for plain tensors, whose names are their indices."""
-    if isinstance(params, Tensor):
-        raise TypeError(
-            f"{function}: {argument} must be a module or a collection of tensors, got one tensor: wrap it in a list"
-        )
-    named: Any = params if isinstance(params, Mapping) else None
     if isinstance(params, nn.Module):
-        named = dict(params.named_parameters())
-    if named is not None:
-        return _all_tensors(function, argument, list(named.values())), tuple(str(name) for name in named)
-    if not isinstance(params, Iterable):
-        raise TypeError(
-            f"{function}: {argument} must be a module or a collection of tensors, got {type(params).__name__}"
-        )
-    entries: list[Any] = list(params)
-    if entries and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries):
-        return _all_tensors(function, argument, [e[1] for e in entries]), tuple(str(e[0]) for e in entries)
-    return _all_tensors(function, argument, entries), None
+        params = dict(params.named_parameters())
+    if isinstance(params, list | tuple):
+        entries: list[Any] = list(params)
+    elif isinstance(params, Mapping):
+        entries = list(params.items())
+    elif isinstance(params, Iterable) and not isinstance(params, Tensor):
+        entries = list(params)
+    else:
+        got = "one tensor: wrap it in a list" if isinstance(params, Tensor) else type(params).__name__
+        raise TypeError(f"{function}: {argument} must be a module or a collection of tensors, got {got}")
+    names = None
+    if entries and isinstance(entries[0], tuple):
+        if not all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries):
+            raise TypeError(f"{function}: {argument} must hold tensors, or (name, tensor) pairs throughout")
+        names, entries = tuple(str(entry[0]) for entry in entries), [entry[1] for entry in entries]
+    if not _PLAIN.issuperset(map(type, entries)):
+        _check_tensors(function, argument, entries)
+    return entries, names
 
 
-def _all_tensors(function: str, argument: str, entries: list[Any]) -> list[Tensor]:
+_PLAIN = {Tensor, nn.Parameter}  # checked by type: 200 isinstance calls cost 10 us
+
+
+def _check_tensors(function: str, argument: str, entries: list[Any]) -> None:
     for index, entry in enumerate(entries):
         if not isinstance(entry, Tensor):
             raise TypeError(f"{function}: {argument}[{index}] must be a tensor, got {type(entry).__name__}")
-    return entries
 
 
 def _pair(
@@ -147,11 +158,7 @@ def _pair(
                 f"{function}: reference must have the names of params in their order: expected {names[wrong]!r} at "
                 f"{wrong}, got {reference_names[wrong]!r}"
             )
-    return tensors, references, names or tuple(map(str, range(len(tensors))))
-
-
-def _norms(out: Tensor, names: tuple[str, ...]) -> ParameterNorms:
-    return ParameterNorms(out[:-1], names, out[-1])
+    return tensors, references, names or _indices(len(tensors))
 
 
 def parameter_norms(params: Parameters, reference: Parameters | None = None) -> ParameterNorms:
@@ -174,8 +181,10 @@ def parameter_norms(params: Parameters, reference: Parameters | None = None) -> 
         NotImplementedError: called inside a ``torch.func`` transform or forward-mode AD.
     """
     tensors, references, names = _pair("parameter_norms", params, reference)
-    with _in_the_name_of("parameter_norms"):
-        return _norms(ops.multi_tensor_norms(tensors, references), names)
+    try:
+        return ParameterNorms(ops.multi_tensor_norms(tensors, references), names)
+    except _ERRORS as error:
+        raise _named_after("parameter_norms", error) from None
 
 
 def total_norm(params: Parameters) -> Tensor:
@@ -184,8 +193,10 @@ def total_norm(params: Parameters) -> Tensor:
     As ``torch.nn.utils.get_total_norm`` with float64 accumulation. Raises what ``parameter_norms`` raises.
     """
     tensors, _ = _named("total_norm", "params", params)
-    with _in_the_name_of("total_norm"):
+    try:
         return ops.multi_tensor_norms(tensors, l2_only=True)[-1, _L2]
+    except _ERRORS as error:
+        raise _named_after("total_norm", error) from None
 
 
 def filter_norms(params: Parameters) -> list[Tensor]:
@@ -207,8 +218,10 @@ def filter_norms(params: Parameters) -> list[Tensor]:
         NotImplementedError: called inside a ``torch.func`` transform or forward-mode AD.
     """
     tensors, _ = _named("filter_norms", "params", params)
-    with _in_the_name_of("filter_norms", "filter_norms"):
+    try:
         out = ops.filter_norms(tensors)
+    except _ERRORS as error:
+        raise _named_after("filter_norms", error, "filter_norms") from None
     return list(out.split([t.shape[0] if t.dim() else 1 for t in tensors])) if tensors else []
 
 
@@ -221,12 +234,14 @@ class NormTable:
 
     def __init__(self, params: Parameters, reference: Parameters | None = None) -> None:
         tensors, references, self.names = _pair("NormTable", params, reference)
-        with _in_the_name_of("NormTable"):
+        try:
             self._prepared = ops.PreparedNorms(tensors, references)
+        except _ERRORS as error:
+            raise _named_after("NormTable", error) from None
 
     def __call__(self) -> ParameterNorms:
         """The norms of the tensors as they are now."""
-        return _norms(self._prepared(), self.names)
+        return ParameterNorms(self._prepared(), self.names)
 
     def total_norm(self) -> Tensor:
         """L2 norm of all tensors as one vector, as they are now: 0-d float64."""
@@ -271,8 +286,10 @@ class NormRecorder:
         else:
             reference = None if self._reference is None else self._reference  # type: ignore[assignment]
         tensors, references, _ = _pair("NormRecorder", params, reference)
-        with _in_the_name_of("NormRecorder"):
+        try:
             self._prepared = ops.PreparedNorms(tensors, references)
+        except _ERRORS as error:
+            raise _named_after("NormRecorder", error) from None
         self._steps.clear()
         device = tensors[0].device if tensors else torch.device("cpu")
         self._buffer = torch.empty(256, len(ops.COLUMNS), dtype=torch.float64, device=device)
@@ -328,8 +345,8 @@ class NormRecorder:
     def rows(self) -> list[dict[str, float]]:
         """A dict per recorded step: ``step``, the columns, ``relative_movement``, ``cosine``; waits for the device."""
         values = self.table().cpu()
-        norms = ParameterNorms(values, (), values)
-        moved, cosine = norms.relative_movement.tolist(), norms.cosine.tolist()
+        moved = (values[:, _DISTANCE] / values[:, _REFERENCE_L2]).tolist()
+        cosine = (values[:, _INNER] / (values[:, _L2] * values[:, _REFERENCE_L2])).tolist()
         return [
             {"step": step, **dict(zip(ops.COLUMNS, row, strict=True)), "relative_movement": m, "cosine": c}
             for step, row, m, c in zip(self._steps, values.tolist(), moved, cosine, strict=True)

@@ -12,6 +12,8 @@ namespace curvlab::norms {
 
 constexpr std::int64_t kCpuChunkElements = 4096;
 
+constexpr int kRowColumns = 8;  // kColumns and one that stays 0
+
 // Row of partial sums of one chunk, a cache line of its own: threads write neighboring rows.
 struct alignas(64) ChunkRow {
   double values[8];

@@ -9,7 +9,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <memory>
 
 #include "common/no_gradient.h"
 #include "norms/cpu_kernels.h"
@@ -51,21 +50,45 @@ void sum_chunks(const NormTensors& list, std::int64_t begin, std::int64_t end, C
   }
 }
 
-void store(const ColumnSums& sums, NormMode mode, double* out) {
-  for (int column = 0; column < kColumns; ++column) out[column] = finish(mode, column, sums.value(column));
+// Adds rows (squares in the columns of l2, distance and reference_l2) in the order given; column by column, so that
+// the compiler makes vectors of them.
+struct RowSums {
+  CompensatedSum sums[kRowColumns];
+  double linf = 0.0;
+
+  void add(const ChunkRow& row) {
+    for (int column = 0; column < kRowColumns; ++column) sums[column].add(row.values[column]);
+    linf = max_keep_nan(row.values[kLinf], linf);
+  }
+  ChunkRow total() const {
+    ChunkRow row;
+    for (int column = 0; column < kRowColumns; ++column) row.values[column] = sums[column].value();
+    row.values[kLinf] = linf;
+    return row;
+  }
+};
+
+void store(const ChunkRow& row, NormMode mode, double* out) {
+  for (int column = 0; column < kColumns; ++column) out[column] = finish(mode, column, row.values[column]);
+}
+
+ChunkRow sum_rows(const ChunkRow* rows, std::int64_t count) {
+  if (count == 1) return rows[0];
+  RowSums sums;
+  for (std::int64_t i = 0; i < count; ++i) sums.add(rows[i]);
+  return sums.total();
 }
 
 // Chunk rows -> tensors -> the whole list, in list order: the same bits for any number of threads.
 void finish_rows(const NormTensors& list, const ChunkRow* rows, double* out) {
-  ColumnSums global;
+  RowSums global;
   for (const NormEntry& entry : list.entries) {
-    ColumnSums sums;
-    for (std::int64_t i = 0; i < cpu_chunk_count(entry); ++i) sums.add(rows[entry.first_chunk + i]);
-    global.add([&sums](int column) { return sums.value(column); });
-    store(sums, list.mode, out);
+    const ChunkRow row = sum_rows(rows + entry.first_chunk, cpu_chunk_count(entry));
+    global.add(row);
+    store(row, list.mode, out);
     out += kColumns;
   }
-  store(global, list.mode, out);
+  store(global.total(), list.mode, out);
 }
 
 at::Tensor multi_tensor_norms_cpu(at::TensorList tensors, at::TensorList reference, bool l2_only) {
@@ -74,15 +97,16 @@ at::Tensor multi_tensor_norms_cpu(at::TensorList tensors, at::TensorList referen
   TORCH_CHECK_VALUE(chunks >= 0, "multi_tensor_norms: tensors hold more than 2^32 chunks of ", kCpuChunkElements);
   std::int64_t elements = 0;
   for (const NormEntry& entry : list.entries) elements += entry.numel;
-  const std::unique_ptr<ChunkRow[]> rows(new ChunkRow[static_cast<std::size_t>(chunks)]);
+  c10::SmallVector<ChunkRow, 128> rows;
+  rows.resize_for_overwrite(static_cast<std::size_t>(chunks));
   if (elements < kSerialElements) {
-    if (chunks > 0) sum_chunks(list, 0, chunks, rows.get());
+    if (chunks > 0) sum_chunks(list, 0, chunks, rows.data());
   } else {
     at::parallel_for(0, chunks, kSerialElements / kCpuChunkElements,
-                     [&](std::int64_t begin, std::int64_t end) { sum_chunks(list, begin, end, rows.get()); });
+                     [&](std::int64_t begin, std::int64_t end) { sum_chunks(list, begin, end, rows.data()); });
   }
   at::Tensor out = at::empty({list.size() + 1, kColumns}, at::kDouble);
-  finish_rows(list, rows.get(), out.mutable_data_ptr<double>());
+  finish_rows(list, rows.data(), out.mutable_data_ptr<double>());
   return out;
 }
 

@@ -83,19 +83,6 @@ CURVLAB_HD double keep_nan(double linf, double l1) { return l1 != l1 ? l1 : linf
 
 CURVLAB_HD double max_keep_nan(double a, double b) { return a > b || a != a ? a : b; }
 
-// Adds rows of partial sums (squares in the columns of l2, distance and reference_l2).
-struct ColumnSums {
-  CompensatedSum sums[kColumns];
-  double linf = 0.0;
-  template <class Row>
-  CURVLAB_HD void add(const Row& row) {
-    for (int column = 0; column < kColumns; ++column)
-      if (column != kLinf) sums[column].add(row(column));
-    linf = max_keep_nan(row(kLinf), linf);
-  }
-  CURVLAB_HD double value(int column) const { return column == kLinf ? linf : sums[column].value(); }
-};
-
 CURVLAB_HD bool is_computed(NormMode mode, int column) {
   if (mode == NormMode::kL2Only) return column == kL2;
   return mode == NormMode::kWithReference || column <= kNonzeros;
