@@ -8,6 +8,7 @@ a seed names one network and building a network never moves somebody else's rand
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, cast
 
 import torch
@@ -85,8 +86,8 @@ class MLP(nn.Module):
         in_features: input features; inputs ``[N, ...]`` are flattened to ``[N, in_features]``.
         num_classes: outputs C.
         hidden_layers: number of hidden layers.
-        parametrization: ``"standard"`` (PyTorch's default init, plain layers) or ``"ntk"`` (:class:`NTKLinear`; the same
-            initial function for the same generator).
+        parametrization: ``"standard"`` (PyTorch's default init, plain layers) or ``"ntk"`` (:class:`NTKLinear`; the
+            same initial function for the same generator).
         generator: source of the initial draw.
 
     Raises:
@@ -111,7 +112,7 @@ class MLP(nn.Module):
         self.width, self.parametrization = width, parametrization
         widths = [in_features] + [width] * hidden_layers + [num_classes]
         layers: list[nn.Linear] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in pairwise(widths):
             if parametrization == "ntk":
                 layers.append(NTKLinear(fan_in, fan_out, generator=generator))
             else:

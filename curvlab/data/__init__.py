@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ __all__ = ["NAMES", "Dataset", "load"]
 NAMES = ("mnist", "cifar10", "digits")
 
 # Channel means and standard deviations of the training pixels in 0..1.  MNIST and CIFAR-10: the usual published
-# constants (arXiv 2604.07603 uses them; 0.2023 for CIFAR-10 is the mean of per-image deviations, kept for the protocol).
+# constants (arXiv 2604.07603 uses them; CIFAR-10's 0.2023 is the mean of per-image deviations, kept for the protocol).
 # digits: measured on the 1,438 training images of the split below.
 _MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "mnist": ((0.1307,), (0.3081,)),
@@ -119,9 +120,9 @@ def load(
 def _digits() -> formats.Arrays:
     from sklearn.datasets import load_digits  # half a second to import, and only this data set needs it
 
-    bunch = load_digits()
-    images = np.asarray(bunch["images"], np.uint8)[:, None]
-    labels = np.asarray(bunch["target"], np.uint8)
+    bunch: Any = load_digits()
+    images = np.asarray(bunch.images, np.uint8)[:, None]
+    labels = np.asarray(bunch.target, np.uint8)
     # Every fifth sample is a test sample: the file is ordered by writer and class, so that this keeps both balanced.
     test = np.arange(len(images)) % 5 == 4
     return formats.Arrays(images[~test], labels[~test], images[test], labels[test])

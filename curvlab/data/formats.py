@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of the two file formats: IDX (MNIST) and CIFAR-10's pickled batches.  Every byte is checked before it is used.
+"""Readers of the two file formats: IDX (MNIST) and CIFAR-10's pickled batches.  Nothing is used unchecked.
 
 Errors are ValueErrors that name the file, what was expected and what was found.
 """
@@ -146,7 +146,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         Exception
     ) as error:  # a damaged pickle raises nearly any type (IndexError, KeyError, UnicodeDecodeError, ...)
         raise ValueError(
-            f"load: {path} must be a CIFAR-10 batch (a pickled dict of arrays), got a corrupt, truncated or foreign file: "
+            f"load: {path} must be a CIFAR-10 batch (a pickled dict), got a corrupt, truncated or foreign file: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(batch, dict):

@@ -107,7 +107,7 @@ def _run(model: nn.Module, theta: dict[str, Tensor], x: Tensor, layers: list[Lay
 
 
 def find_layers(model: nn.Module, theta: dict[str, Tensor], x: Tensor) -> list[Layer]:
-    """The layers with a product form, called exactly once on ``[1, ...]`` inputs, whose parameters no one else holds."""
+    """The layers with a product form that are called exactly once and whose parameters no one else holds."""
     holders: dict[int, int] = {}
     for _, param in model.named_parameters(remove_duplicate=False):
         holders[id(param)] = holders.get(id(param), 0) + 1
@@ -167,7 +167,7 @@ def _groups(layers: list[Layer], classes: int, samples: int, limit: int) -> Iter
 
 
 def _signals(outputs: Tensor, group: list[Layer]) -> list[Tensor]:
-    """B of each layer, ``[N, C, *output]``: one backward pass per output c (samples do not meet, so sums over n are B)."""
+    """B of each layer, ``[N, C, *output]``: one backward pass an output (samples do not meet: sums over n are B)."""
     kept = [layer.outputs for layer in group]
     signals = [y.new_zeros(len(y), outputs.shape[1], *y.shape[1:]) for y in kept]
     for c in range(outputs.shape[1]):

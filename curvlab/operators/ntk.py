@@ -44,8 +44,8 @@ def empirical_ntk(
     Args:
         model: maps ``[N, ...]`` to logits ``[N, C]``, each sample on its own (evaluation mode where that matters).
         x: inputs.
-        params: parameters to take the kernel at, in the order of ``model.parameters()`` (those that require a gradient);
-            default: the model's own.  The model is not changed.
+        params: parameters to take the kernel at, in the order of ``model.parameters()`` (those that require a
+            gradient); default: the model's own.  The model is not changed.
         structured: use layer products.  ``False`` takes exact per-sample Jacobians for everything: slower by orders of
             magnitude on wide layers, right for any model that ``torch.func`` takes.
         budget_bytes: memory for the kernel and its temporaries.
@@ -55,8 +55,8 @@ def empirical_ntk(
 
     Raises:
         TypeError: x or the parameters are not floating point.
-        ValueError: empty x; a layer in training mode that mixes samples or draws randomness; params of other shapes; the
-            budget is too small (the message says how many samples would fit); or the comparison with autograd fails
+        ValueError: empty x; a layer in training mode that mixes samples or draws randomness; params of other shapes;
+            the budget is too small (the message says how many samples would fit); or the comparison with autograd fails
             (a weight is used outside of its layer, or outputs depend on other samples).
     """
     theta = _named(model, params, "empirical_ntk")
@@ -121,7 +121,7 @@ def linearized_outputs(model: nn.Module, params0: Sequence[Tensor], params1: Seq
 
 
 def linearization_error(model: nn.Module, params0: Sequence[Tensor], x: Tensor) -> float:
-    """``||f(theta_T) - f_lin(theta_T)||_F / ||f(theta_T) - f(theta_0)||_F`` on ``x``; theta_T are the model's parameters.
+    """``||f(theta_T) - f_lin(theta_T)||_F / ||f(theta_T) - f(theta_0)||_F`` on ``x``; theta_T is the model's own.
 
     0 for a network that is linear in its parameters along the way that it went (lazy), of order one when it is not.
 
@@ -174,7 +174,8 @@ def _check(model: nn.Module, x: Tensor, theta: dict[str, Tensor]) -> None:
     for name, param in theta.items():
         if param.dtype != x.dtype or param.device != x.device:
             raise ValueError(
-                f"empirical_ntk: params must be {x.dtype} on {x.device} like x, got {param.dtype} on {param.device} for {name}"
+                f"empirical_ntk: params must be {x.dtype} on {x.device} like x, got {param.dtype} on {param.device} "
+                f"for {name}"
             )
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     for name, module in model.named_modules():
@@ -206,8 +207,8 @@ def _check_budget(
         low, high = (middle, high) if need(middle) <= budget_bytes else (low, middle)
     advice = f"{low} samples would fit" if low else "not even one sample would fit"
     raise ValueError(
-        f"empirical_ntk: budget_bytes must be at least {need(len(x))} ({need(len(x)) / 2**30:.2f} GiB) for {len(x)} samples "
-        f"x {classes} outputs, got {budget_bytes} ({budget_bytes / 2**30:.2f} GiB); {advice}"
+        f"empirical_ntk: budget_bytes must be at least {need(len(x))} ({need(len(x)) / 2**30:.2f} GiB) for "
+        f"{len(x)} samples x {classes} outputs, got {budget_bytes} ({budget_bytes / 2**30:.2f} GiB); {advice}"
     )
 
 

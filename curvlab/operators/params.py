@@ -39,8 +39,8 @@ def flatten(tensors: Sequence[Tensor], *, batched: bool = False) -> Tensor:
             )
         if batched and (tensor.ndim == 0 or tensor.shape[0] != first.shape[0]):
             raise ValueError(
-                f"flatten: tensors must be [K, *shape] with K == {first.shape[0] if first.ndim else '?'} (from the first), "
-                f"got {list(tensor.shape)} at {i}"
+                f"flatten: tensors must be [K, *shape] with K == {first.shape[0] if first.ndim else '?'} (from the "
+                f"first), got {list(tensor.shape)} at {i}"
             )
     if batched:
         return torch.cat([tensor.reshape(tensor.shape[0], -1) for tensor in tensors], 1).T
@@ -48,7 +48,7 @@ def flatten(tensors: Sequence[Tensor], *, batched: bool = False) -> Tensor:
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The list of tensors shaped as ``like`` whose :func:`flatten` is ``vector [P]``, or ``[K, *shape]`` from ``[P, K]``.
+    """The tensors shaped as ``like`` whose :func:`flatten` is ``vector [P]``; ``[K, *shape]`` from ``[P, K]``.
 
     Views of ``vector`` where its layout allows it.
 

@@ -64,7 +64,7 @@ class Callbacks:
         else:
             if len(source) and len(states) > 1:
                 raise ValueError(
-                    f"train_group: callbacks must be a function seed -> callbacks for a group of {len(states)} networks "
+                    f"train_group: callbacks must be a function seed -> callbacks for {len(states)} networks "
                     "(one shared object would mix their measurements), got a sequence"
                 )
             self.per_state = [list(source) for _ in states]

@@ -87,7 +87,8 @@ class CheckpointFile:
                 return {name: handle.get_tensor(name) for name in handle.keys()}, header  # noqa: SIM118 (not a dict)
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"CheckpointFile.load: {self.path} must be a checkpoint written by curvlab, got {error!r}; delete it to start anew"
+                f"CheckpointFile.load: {self.path} must be a checkpoint written by curvlab, got {error!r}; "
+                "delete it to start anew"
             ) from error
 
     def remove(self) -> None:

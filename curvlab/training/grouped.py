@@ -24,8 +24,8 @@ from curvlab.training.stacked import Stack
 
 __all__ = ["GroupedEngine", "choose_engine", "train_group"]
 
-# Parameters of one network above which seeds run as stacks of one (CPU).  Three seeds, one thread, against stacks of one:
-# stacked is 9 % faster at width 128, 2 % at 512 (0.9 M parameters), and 12 % slower at 1024 (2.9 M).
+# Parameters of one network above which seeds run as stacks of one (CPU).  Three seeds, one thread, against stacks of
+# one: stacked is 9 % faster at width 128, 2 % at 512 (0.9 M parameters), and 12 % slower at 1024 (2.9 M).
 STACK_LIMIT = 1_500_000
 
 
@@ -198,8 +198,8 @@ def train_group(
         The rows of all networks, divergence flags, and which engine ran (``engine``).
 
     Raises:
-        ValueError: models and seeds do not match or repeat, wrong device or dtype, empty data, one sequence of callbacks
-            for several networks, a checkpoint of another run.
+        ValueError: models and seeds do not match or repeat, wrong device or dtype, empty data, one sequence of
+            callbacks for several networks, a checkpoint of another run.
     """
     check_inputs("train_group", models, data, seeds)
     stack_size, _ = choose_engine(models)

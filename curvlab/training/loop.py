@@ -40,7 +40,7 @@ class Engine(Protocol):
     states: list[TrainState]
 
     def epoch(self, orders: Tensor, lr: float, on_step: Callable[[TrainState], None] | None) -> tuple[Tensor, Tensor]:
-        """Train on ``orders [S, N]`` (indices on the data's device); returns summed loss and correct count, each [S]."""
+        """Train on ``orders [S, N]`` (indices, on the data's device); returns summed loss and correct count, [S]."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 2048) 
 
 
 class PlainEngine:
-    """Autograd and ``torch.optim.SGD``, one network after the other: any model, and the reference for faster engines."""
+    """Autograd and ``torch.optim.SGD``, one network after the other: any model, and the reference."""
 
     def __init__(self, models: Sequence[nn.Module], data: Dataset, recipe: Recipe, *, seeds: Sequence[int]) -> None:
         self.name = "one-by-one"
@@ -181,7 +181,7 @@ def train(
         progress: called as ``progress(epochs_done, epochs)``.
 
     Raises:
-        ValueError: model without parameters or on another device than the data, empty data, a checkpoint of another run.
+        ValueError: model without parameters or on another device than the data, empty data, another run's checkpoint.
     """
     check_inputs("train", [model], data, [seed])
     engine = PlainEngine([model], data, recipe, seeds=[seed])
@@ -225,7 +225,7 @@ def drive(
 ) -> GroupResult:
     """Run ``engine`` to the end of the recipe: orders, rates, rows, callbacks, checkpoints, divergence."""
     began = time.perf_counter()
-    states, device = engine.states, data.train_x.device
+    states = engine.states
     watchers = Callbacks(callbacks, states)
     generators = [seeding.generator(state.seed, "order") for state in states]
     history: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 
 Weights ``W [S, out, in]``, biases ``b [S, 1, out]``, activations ``a [S, B, in]``.  Forward and backward are written by
 hand into buffers that are made once (glibc gives fresh pages to every large result otherwise).  With
-y = s (a W^T + b) (s = 1, or 1/sqrt(3 fan_in) under NTK parametrization) and G = B dL/dy, L the batch-mean cross-entropy:
+y = s (a W^T + b) (s = 1, or 1/sqrt(3 fan_in) with NTK parametrization), G = B dL/dy, L the batch-mean cross-entropy:
 
     G_last = softmax(y) - onehot                            G_l = (s G_{l+1} W_{l+1}) * (a_{l+1} > 0)
     v_W <- momentum v_W + (s/B) G^T a                       v_b <- momentum v_b + (s/B) 1^T G

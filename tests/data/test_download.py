@@ -140,7 +140,7 @@ def test_when_all_mirrors_fail_each_is_told_and_nothing_is_left(cache, kind):
     "pages", [archive(BATCHES, folder="elsewhere"), archive({"data_batch_1": b""}), truncated(archive(BATCHES), 60)]
 )
 def test_a_bad_archive_is_refused(cache, pages):
-    with serve(pages) as (url, _), pytest.raises(OSError, match="cifar-10-python.tar.gz could not be downloaded"):
+    with serve(pages) as (url, _), pytest.raises(OSError, match=r"cifar-10-python.tar.gz could not be downloaded"):
         files.locate("cifar10", mirrors=[url])
     assert all_files(cache) == []
 
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_nothing_half_written(cache, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with (
         serve(packed(FILES)) as (url, _),
-        pytest.raises(OSError, match="No space left.*MiB free there.*XDG_CACHE_HOME"),
+        pytest.raises(OSError, match=r"No space left.*MiB free there.*XDG_CACHE_HOME"),
     ):
         files.locate("mnist", mirrors=[url])
     assert all_files(cache) == []
@@ -184,5 +184,5 @@ def test_default_mirrors_are_several_for_each_name():
 def test_published_checksums_are_the_ones_torchvision_knows(monkeypatch):
     monkeypatch.undo()
     cifar = pytest.importorskip("torchvision.datasets").CIFAR10
-    expected = {name: md5 for name, md5 in [*cifar.train_list, *cifar.test_list]}
+    expected = dict([*cifar.train_list, *cifar.test_list])
     assert files.PUBLISHED_MD5["cifar10"] == expected

@@ -260,13 +260,13 @@ def test_corrupt_cifar_batches_are_named(tmp_path, content, match):
 def test_what_is_not_there_is_told(tmp_path):
     with pytest.raises(ValueError, match="one of mnist, cifar10, digits, got 'imagenet'"):
         load("imagenet")
-    with pytest.raises(FileNotFoundError, match="root must be an existing folder, got .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"root must be an existing folder, got .*nowhere"):
         load("mnist", root=tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="root must be a folder, got the file"):
         load("mnist", root=tmp_path / "file")
     with pytest.raises(
-        FileNotFoundError, match="download is off: .*has no MNIST/raw.*train-images-idx3-ubyte.gz .is not there"
+        FileNotFoundError, match=r"download is off: .*has no MNIST/raw.*train-images-idx3-ubyte.gz .is not there"
     ):
         load("mnist", root=tmp_path, download=False)
 

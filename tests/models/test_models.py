@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks: parameter counts of the paper, PyTorch's default draw, and one initial function in two parametrizations."""
+"""The networks: parameter counts of the paper, PyTorch's default draw, one initial function in two parametrizations."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_budget_error_says_how_many_samples_fit_and_that_many_do():
 
 @pytest.mark.parametrize(("model", "why"), [(Stealing(), "outside"), (Mixing(), "mixing")])
 def test_models_that_break_the_layer_products_are_refused(model, why):
-    with pytest.raises(ValueError, match="layer products give K = .* where autograd gives"):
+    with pytest.raises(ValueError, match=r"layer products give K = .* where autograd gives"):
         empirical_ntk(model.double(), inputs(5, 4))
     if why == "outside":
         check(model.double(), inputs(5, 4), structured=False)

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from curvlab.data import Dataset
@@ -21,6 +23,7 @@ from curvlab.models import CNN, MLP
 from curvlab.training import CheckpointFile, Recipe, evaluate, generator, train, train_group
 from curvlab.training.grouped import GroupedEngine, choose_engine
 from curvlab.training.loop import PlainEngine, drive
+from curvlab.training.stacked import Stack
 
 F64 = torch.float64
 
@@ -257,16 +260,17 @@ def interrupted(epoch: int):
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_resume_ends_with_the_same_bits(tmp_path, kind):
-    if kind == "mlp":
-        data, seeds = dataset(dtype=torch.float32), [0, 1, 2]
-        make = lambda: networks(dtype=torch.float32)  # noqa: E731
-    else:
-        data, seeds = dataset(80, torch.float32, (3, 8, 8)), [0, 1]
-        make = lambda: [
-            nn.Sequential(nn.Dropout(0.2), CNN(2, image_size=8, generator=generator(s, "init"))) for s in seeds
-        ]
+    seeds = [0, 1, 2] if kind == "mlp" else [0, 1]
+    data = dataset(dtype=torch.float32) if kind == "mlp" else dataset(80, torch.float32, (3, 8, 8))
+
+    def make() -> list[nn.Module]:
+        if kind == "mlp":
+            return list(networks(dtype=torch.float32))
+        cnns = [CNN(2, image_size=8, generator=generator(s, "init")) for s in seeds]
+        return [nn.Sequential(nn.Dropout(0.2), cnn) for cnn in cnns]
+
     torch.manual_seed(1)
-    whole, result = make(), None
+    whole = make()
     watchers = {seed: Watcher() for seed in seeds}
     result = train_group(whole, data, RECIPE, seeds=seeds, callbacks=lambda seed: [watchers[seed]])
     torch.manual_seed(1)
@@ -348,7 +352,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train_group(networks(), data, Recipe(2, 64, 0.1), seeds=[0, 1, 2], checkpoint=CheckpointFile(path, every_seconds=0))
     for recipe, seeds in ((Recipe(2, 64, 0.2), [0, 1, 2]), (Recipe(2, 64, 0.1), [0, 1, 3])):
         models = networks()
-        with pytest.raises(ValueError, match="is of another run: (recipe|seeds) must be"):
+        with pytest.raises(ValueError, match=r"is of another run: (recipe|seeds) must be"):
             train_group(models, data, recipe, seeds=seeds, checkpoint=CheckpointFile(path))
     finished = networks()
     result = train_group(finished, data, Recipe(2, 64, 0.1), seeds=[0, 1, 2], checkpoint=CheckpointFile(path))
@@ -451,8 +455,17 @@ def test_evaluate_is_the_mean_in_eval_mode_and_restores_the_mode():
 
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 0}, {"batch_size": 0}, {"batch_size": 2.5}, {"lr": 0.0}, {"lr": math.nan}, {"lr": -1.0}, {"momentum": 1.0}, {"schedule": "step"}],
-)  # fmt: skip
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"batch_size": 2.5},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"lr": -1.0},
+        {"momentum": 1.0},
+        {"schedule": "step"},
+    ],
+)
 def test_recipes_are_checked(change):
     with pytest.raises(ValueError, match=f"Recipe: {next(iter(change))} must be"):
         Recipe(**({"epochs": 1, "batch_size": 8, "lr": 0.1} | change))
@@ -465,10 +478,10 @@ def test_recipes_are_checked(change):
         (lambda d: train_group(networks(), d, RECIPE, seeds=[0]), ValueError, r"one per network \(3\), got 1"),
         (lambda d: train_group(networks(), d, RECIPE, seeds=[0, 1, 1]), ValueError, "differ from each other"),
         (lambda d: train_group(networks((0,)) * 2, d, RECIPE, seeds=[0, 1]), ValueError, "different objects"),
-        (lambda d: train_group(networks(dtype=torch.float32), d, RECIPE, seeds=[0, 1, 2]), ValueError, "dtype torch.float64, got torch.float32"),
-        (lambda d: train_group([MLP(4, in_features=20).to("meta")], d, RECIPE, seeds=[0]), ValueError, "data's device cpu, got meta"),
-        (lambda d: train_group(networks(), d, RECIPE, seeds=[0, 1, 2], callbacks=[Watcher()]), ValueError, "function seed -> callbacks"),
-        (lambda d: train(networks()[0], d, RECIPE, seed=0, callbacks=[Watcher]), TypeError, "must be an object with one of on_start"),
+        (lambda d: train_group(networks(dtype=torch.float32), d, RECIPE, seeds=[0, 1, 2]), ValueError, "torch.float32"),
+        (lambda d: train_group([MLP(4).to("meta")], d, RECIPE, seeds=[0]), ValueError, "data's device cpu, got meta"),
+        (lambda d: train_group(networks(), d, RECIPE, seeds=[0, 1, 2], callbacks=[Watcher()]), ValueError, "seed ->"),
+        (lambda d: train(networks()[0], d, RECIPE, seed=0, callbacks=[Watcher]), TypeError, "with one of on_start"),
         (lambda d: train(networks()[0], d, RECIPE, seed=0, callbacks=[object()]), TypeError, "on_start, on_step"),
         (lambda d: train(nn.ReLU(), d, RECIPE, seed=0), ValueError, "model must have parameters"),
         (lambda d: train(networks()[0], d, RECIPE, seed=-1), ValueError, "seed must be 0 or more"),
@@ -495,3 +508,35 @@ def test_streams_are_independent_and_repeatable():
     ):
         with pytest.raises(error, match="stream_seed"):
             generator(*wrong)
+
+
+@pytest.mark.parametrize("num", [128, 100])
+def test_a_step_on_fake_cuda_tensors_stays_on_the_device(num):
+    """No kernel runs: a buffer made on the CPU, a mix of devices or a read of a value on the host would fail here."""
+    models = networks((0, 1), width=16, dtype=torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        for layer in (layer for model in models for layer in model.linear_layers()):
+            layer.weight = nn.Parameter(torch.empty(layer.weight.shape, device="cuda"))
+            layer.bias = nn.Parameter(torch.empty(layer.bias.shape, device="cuda"))
+        stack = Stack(models, {64, 36}, 0.9)
+        x = torch.empty(num, 20, device="cuda")
+        size = 64 if num == 128 else 36
+        rows = torch.zeros(2 * size, dtype=torch.int64, device="cuda")
+        onehot, logits = torch.empty(2, 10, size, device="cuda"), torch.empty(2, 10, size, device="cuda")
+        stack.step(x, rows, onehot, logits, torch.zeros((), device="cuda"))
+        assert {tensor.device.type for tensor in (stack.theta, stack.velocity, logits)} == {"cuda"}
+        with pytest.raises(RuntimeError):
+            stack.step(x, rows, onehot.cpu(), logits, 0.1)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("num", [300, 320])
+def test_captured_steps_on_a_gpu_agree_with_the_plain_engine(num):
+    data, recipe = dataset(num), Recipe(5, 64, 0.2)
+    parts = {name: getattr(data, name).cuda() for name in ("train_x", "train_y", "test_x", "test_y")}
+    data = replace(data, **parts)
+    plain, grouped = ([model.cuda() for model in networks()] for _ in range(2))
+    drive(PlainEngine(plain, data, recipe, seeds=[0, 1, 2]), data, recipe)
+    assert train_group(grouped, data, recipe, seeds=[0, 1, 2]).engine == "grouped"
+    for one, two in zip(plain, grouped, strict=True):
+        assert distance(one, two) < 1e-10

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thread: these networks are so small that two threads mostly wait for each other on a shared machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
