@@ -93,7 +93,7 @@ def panel(
         words = label
         if fit is not None:
             ends = f" [{fit.slope.low:.2f}, {fit.slope.high:.2f}]" if fit.slope.has_interval else ""
-            words = f"{label}: slope {fit.slope.value:.2f}{ends}".replace("-", "−")
+            words = f"{label}: " + f"slope {fit.slope.value:.2f}{ends}".replace("-", "−")
             draw.plot_fit(axes, fit, min(found), max(found), series=series, label="")
         draw.plot_groups(
             axes, found, series=series, label=words, geometric=True, intervals=arm.means(metric), connect=False

@@ -147,7 +147,7 @@ def test_tables_and_figures_hold_the_papers_values() -> None:
     )
     assert abs(table.rows[0][table.columns.index("deviation %")].value) < 0.1
     assert [figure.name for figure in ntk_width.figures(rows, config)] == ["laziness", "accuracy"]
-    assert "slope −0.50" in ntk_width.figures(rows, config)[0].svg()
+    assert "ntk-he: slope −0.50" in ntk_width.figures(rows, config)[0].svg()
 
 
 def test_presets_are_the_issues() -> None:
