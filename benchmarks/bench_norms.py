@@ -104,7 +104,7 @@ class _TrainingStep:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.images = torch.randn(128, 3, 32, 32, generator=generator)
         self.labels = torch.randint(10, (128,), generator=generator)
-        self.params = list(self.model.parameters())
+        self.params: list[Tensor] = list(self.model.parameters())
         self.step = self.epoch = 0
 
     def __call__(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import filecmp
 import sys
 import warnings
+from collections.abc import MutableSequence
 from importlib import metadata
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def stale_files(source: Path, installed: Path) -> list[str]:
     return sorted([*mismatch, *missing])
 
 
-def use_built_package(package_path: list[str]) -> None:
+def use_built_package(package_path: MutableSequence[str]) -> None:
     """Turn the package's search path to the folder that holds the compiled modules.
 
     Args:

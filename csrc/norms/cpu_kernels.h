@@ -14,8 +14,8 @@ constexpr std::int64_t kCpuChunkElements = 4096;
 
 constexpr int kRowColumns = 8;  // kColumns and one that stays 0
 
-// Row of partial sums of one chunk, a cache line of its own: threads write neighboring rows.
-struct alignas(64) ChunkRow {
+// Row of partial sums of one chunk. No alignas: c10::SmallVector aligns its heap memory to 16 bytes only.
+struct ChunkRow {
   double values[8];
   double operator()(int column) const { return values[column]; }
 };
