@@ -37,7 +37,7 @@ template <>
 struct Held<double> {
   using Narrow = DoubleLanes;
   using Count = Int64Lanes;
-  static constexpr int kChain = 32;  // additions in a row, so that constant data keeps 1e-14
+  static constexpr int kChain = 32;  // worst constant errs 9e-16; 256 in a row would take 7e-15 of the 1e-14
 };
 
 template <class scalar_t>
