@@ -52,7 +52,8 @@ std::int64_t assign_chunks(NormEntry* entries, std::int64_t tensors, ChunkCount 
 
 // For the CUDA launcher; the CPU kernel has chunks of its own size.
 inline std::int64_t assign_cuda_chunks(NormEntry* entries, std::int64_t tensors) {
-  return assign_chunks(entries, tensors, cuda_chunk_count);
+  // A lambda: an always_inline function has no address when the compiler does not inline through the pointer (-O1).
+  return assign_chunks(entries, tensors, [](const NormEntry& entry) { return cuda_chunk_count(entry); });
 }
 
 // Running sums over one tensor or a part of it, in double or in vectors of doubles.
