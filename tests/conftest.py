@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 try:
@@ -10,7 +12,7 @@ try:
 
     import curvlab
 except ImportError as error:
-    pytest.exit(str(error), returncode=4)
+    sys.exit(str(error))  # pytest.exit would show the traceback of this import around the one line
 
 
 def pytest_report_header() -> str:
