@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks of one shape trained together, seed beside seed: the plain loop's updates in far fewer calls.
 
-Small networks are stacked whole: at width 32 a step of three networks is 25 calls instead of three times about 70.
-Wide ones are bound by their matrix products, and a stack of several only spoils the cache; they run as stacks of one,
-where what is saved is memory traffic (``stacked.py``).  The models' parameters are views of the stack while training
-runs, so callbacks and ``evaluate`` see live networks.
+Small networks are stacked whole: at width 32 a step of three networks is 25 calls instead of three times about 70. The
+smallest run on one thread: a second one saves a fifth on an idle machine, and on a busy one each of the 25 calls may
+wait a time slice for it (20 s instead of 1 s for a unit of width 16). Wide ones are bound by their matrix products, and
+a stack of several only spoils the cache; they run as stacks of one, where what is saved is memory traffic
+(``stacked.py``). The models' parameters are views of the stack while training runs, so callbacks and ``evaluate`` see
+live networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -27,6 +30,8 @@ __all__ = ["GroupedEngine", "choose_engine", "train_group"]
 # Parameters of one network above which seeds run as stacks of one (CPU).  Three seeds, one thread, against stacks of
 # one: stacked is 9 % faster at width 128, 2 % at 512 (0.9 M parameters), and 12 % slower at 1024 (2.9 M).
 STACK_LIMIT = 1_500_000
+# Parameters of all networks together up to which one thread trains them (CPU): three seeds of width 64.
+ONE_THREAD_LIMIT = 200_000
 
 
 class GroupedEngine:
@@ -143,6 +148,19 @@ class _StepGraph:
         logits.copy_(self.logits)
 
 
+@contextlib.contextmanager
+def _threads_for(models: Sequence[nn.Module]) -> Iterator[None]:
+    """One thread for what ``ONE_THREAD_LIMIT`` calls small; the caller's setting otherwise and afterwards."""
+    before = torch.get_num_threads()
+    params = [param for model in models for param in model.parameters()]
+    if not params[0].is_cuda and sum(param.numel() for param in params) <= ONE_THREAD_LIMIT:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _parts(models: list[MLP], stack_size: int) -> list[list[MLP]]:
     return [models[first : first + stack_size] for first in range(0, len(models), stack_size)]
 
@@ -209,4 +227,5 @@ def train_group(
         engine = GroupedEngine(mlps, data, recipe, seeds=seeds, stack_size=stack_size)
     else:
         engine = PlainEngine(models, data, recipe, seeds=seeds)
-    return drive(engine, data, recipe, callbacks=callbacks, checkpoint=checkpoint, progress=progress)
+    with _threads_for(models):
+        return drive(engine, data, recipe, callbacks=callbacks, checkpoint=checkpoint, progress=progress)

@@ -181,9 +181,12 @@ def laziness_tables(arms: Mapping[str, Scaling], published: Mapping[int, float],
         "Means over seeds with 95 % t intervals, relative spread pooled over widths (so one seed has an interval too); "
         "SD is the sample's."
     )
-    lazy = ["parametrization", "width", "kernel drift", "kernel alignment", "linearization error", "test %", "diverged",
-            "time s"]  # fmt: skip
-    about = f"{note} Alignment: cosine of K_T and K_0. Time: training and measuring, all seeds."
+    lazy = ["parametrization", "width", "kernel drift", "kernel alignment", "linearization error", "train loss",
+            "test %", "diverged", "time s"]  # fmt: skip
+    about = (
+        f"{note} Alignment: cosine of K_T and K_0. Train loss: the last epoch's running one, geometric mean. "
+        "Time: training and measuring, all seeds."
+    )
     return [
         Table("Movement by width", moved, lines, caption),
         Table("Kernel, linearization and accuracy by width", lazy, [_lazy_line(*place) for place in places], about),
@@ -213,6 +216,7 @@ def _lazy_line(name: str, arm: Scaling, width: float) -> list[Any]:
         arm.means("kernel_drift").get(width),
         arm.means("kernel_alignment").get(width),
         arm.means("linearization_error").get(width),
+        arm.geometric_mean("train_loss", width),
         None if accuracy is None else accuracy.scaled(100),
         int(sum(arm.groups("diverged")[width])),
         round(sum(spent), 1),

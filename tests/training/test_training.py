@@ -540,3 +540,23 @@ def test_captured_steps_on_a_gpu_agree_with_the_plain_engine(num):
     assert train_group(grouped, data, recipe, seeds=[0, 1, 2]).engine == "grouped"
     for one, two in zip(plain, grouped, strict=True):
         assert distance(one, two) < 1e-10
+
+
+def test_small_groups_run_on_one_thread_and_give_the_setting_back() -> None:
+    seen: list[int] = []
+
+    class Watch:
+        def on_step(self, state: object) -> None:
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for width in (8, 256):  # 4 k parameters in all; 1.1 M
+            seen.clear()
+            models = networks(range(8), width=width)
+            train_group(models, dataset(40), Recipe(1, 16, 0.1), seeds=range(8), callbacks=lambda seed: [Watch()])
+            assert set(seen) == {1 if width == 8 else 2}
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
