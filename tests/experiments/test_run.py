@@ -106,8 +106,11 @@ def test_a_failing_unit_is_reported_and_the_others_go_on(tmp_path: Path, cli: Cl
 
 def test_ctrl_c_is_clean_and_the_same_command_goes_on(tmp_path: Path, cli: Cli) -> None:
     words = ["run", "ntk_width", "--threads", "1", "--out", str(tmp_path), "arms=standard", "widths=8,16,32"]
-    words += ["epochs=60", "kernel_samples=8", "function_samples=9", "num_train=1000"]
-    process = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words += ["epochs=150", "kernel_samples=8", "function_samples=9", "num_train=1000"]
+    # A test-suite that runs in the background of a shell hands on an ignored SIGINT, which Python then leaves ignored.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(*words), cwd=ROOT, preexec_fn=heed, **pipes)
     deadline = time.monotonic() + 60
     while not any((tmp_path / "ntk_width").glob("*/lock")) and time.monotonic() < deadline:
         time.sleep(0.02)
