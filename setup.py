@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the kernels: ``_C`` (CPU, always), ``_C_cuda`` (where torch has CUDA and its nvcc is found), ``_host``.
 
-Environment: ``CURVLAB_CUDA=auto|0|1`` (0: never, 1: an error where impossible), ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``.
+Environment: ``CURVLAB_CUDA=auto|0|1`` (0: never, 1: an error where impossible), ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``,
+``CXX``, ``CURVLAB_ANY_TORCH=1`` (skip the check of torch's version).
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 from types import ModuleType
 
 from setuptools import Extension, setup
 
-TORCH_RANGE = "torch>=2.13,<2.16"
+TORCH_RANGE = "torch>=2.13,<2.15"  # what was built and tested; Makefile and CONTRIBUTING say the same
 RUNTIME = ["numpy>=1.26", "rich>=13.7", "safetensors>=0.4.3"]
 WANT_CUDA = os.environ.get("CURVLAB_CUDA", "auto")
 ASKED_FOR_REQUIREMENTS = "egg_info" in sys.argv or "dist_info" in sys.argv
@@ -52,10 +56,28 @@ def stop(why: str) -> None:
 
 def find_torch() -> ModuleType | None:
     """Torch of the target environment: pip's build isolation hides it, but runs the same interpreter."""
-    site = sysconfig.get_path("platlib")
-    if not importlib.util.find_spec("torch") and os.path.isdir(os.path.join(site, "torch")):
-        sys.path.append(site)
+    folders = [sysconfig.get_path("platlib")]
+    settings = os.path.join(sys.prefix, "pyvenv.cfg")
+    text = Path(settings).read_text() if os.path.exists(settings) else ""
+    if sys.prefix == sys.base_prefix or re.search(r"include-system-site-packages\s*=\s*true", text):
+        # no virtual environment, or one that sees the system's packages
+        base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+        folders += [sysconfig.get_path("platlib", vars=base), site.getusersitepackages()]
+    for folder in folders:
+        if not importlib.util.find_spec("torch") and os.path.isdir(os.path.join(folder, "torch")):
+            sys.path.append(folder)
     return importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+
+
+def check_torch(torch: ModuleType) -> None:
+    """Stop on a torch outside ``TORCH_RANGE`` before its headers fill the screen with errors."""
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    oldest, newest = (tuple(map(int, part.split("."))) for part in re.findall(r"[\d.]+", TORCH_RANGE))
+    if not oldest <= found < newest:
+        stop(
+            f"it needs {TORCH_RANGE}, and this environment has torch {torch.__version__}.\n"
+            f"  pip install '{TORCH_RANGE}'     (to try another version all the same: CURVLAB_ANY_TORCH=1)"
+        )
 
 
 def find_nvcc_home(torch: ModuleType) -> str | None:
@@ -80,12 +102,10 @@ def find_nvcc_home(torch: ModuleType) -> str | None:
 
 def check_compiler() -> str:
     """First line of the C++ compiler's version; stops on one that cannot compile torch's C++20 headers."""
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = os.environ.get("CXX", "c++")
+    run = lambda flag: subprocess.run([*shlex.split(compiler), flag], capture_output=True, text=True, check=True).stdout  # noqa: E731
     try:
-        version, line = (
-            subprocess.run([compiler, *flags], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-            for flags in (["-dumpfullversion", "-dumpversion"], ["--version"])
-        )
+        version, line = run("-dumpversion").strip(), run("--version").splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         stop(
             f"no C++ compiler ({compiler!r} does not run).\n"
@@ -112,6 +132,10 @@ if torch is None:
     setup(setup_requires=[TORCH_RANGE], install_requires=[TORCH_RANGE, *RUNTIME])
     sys.exit()
 
+if not sys.platform.startswith("linux"):
+    stop(f"only Linux is supported so far, this is {sys.platform}")
+if not os.environ.get("CURVLAB_ANY_TORCH"):
+    check_torch(torch)
 if WANT_CUDA not in ("auto", "0", "1"):
     stop(f"CURVLAB_CUDA must be auto, 0 or 1, got {WANT_CUDA!r}")
 CUDA_HOME = find_nvcc_home(torch)
@@ -133,6 +157,14 @@ if CUDA_HOME:
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
 
 
+def cuda_architectures() -> str:
+    """What nvcc compiles for: ``TORCH_CUDA_ARCH_LIST``, or the GPUs of this machine."""
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return listed
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
 def build_facts() -> str:
     """What a bug report needs about this build, as JSON; ``python -m curvlab`` prints it."""
     return json.dumps(
@@ -142,7 +174,7 @@ def build_facts() -> str:
             "flags": " ".join(f for f in CXX_FLAGS if not f.startswith("-ffile-prefix-map")),
             "instruction_sets": list(ISA_FLAGS) if X86 else ["default"],
             "cuda": torch.version.cuda if CUDA_HOME else None,
-            "cuda_architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's GPU") if CUDA_HOME else None,
+            "cuda_architectures": cuda_architectures() if CUDA_HOME else None,
         }
     )
 
@@ -208,7 +240,8 @@ def extensions() -> list[Extension]:
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    setup_requires=build_requirements,
+    # Only where pip asks: run directly, setuptools would fetch them into the checkout.
+    setup_requires=build_requirements if ASKED_FOR_REQUIREMENTS else [],
     install_requires=[f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*", *RUNTIME],
     # One build folder per torch: else a module left by another torch's build would ride along in the wheel.
     options={"build": {"build_base": f"build/torch-{torch.__version__}"}},

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import MutableSequence
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 HOW_TO_BUILD = "curvlab is not built; type: pip install .   (or `make demo`, which does all the set-up)"
@@ -29,8 +30,8 @@ VERSION = _version()
 
 
 def is_built(folder: Path) -> bool:
-    """Whether ``folder`` holds the compiled CPU module."""
-    return any(folder.glob("_C.*.so")) or any(folder.glob("_C.*.pyd"))
+    """Whether ``folder`` holds the compiled CPU module, for this Python."""
+    return any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
 
 
 def find_installed(other_than: Path) -> Path | None:

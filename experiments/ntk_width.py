@@ -74,6 +74,7 @@ from experiments.base.laziness import (
 from experiments.base.scaling import Scaling, panel, slope_table
 
 PROTOCOL = 1
+TEST_IMAGES = 10_000  # of MNIST, the only data set whose accuracies are compared with the paper's
 
 Arm = Literal["standard", "ntk", "ntk-he"]
 ARMS: tuple[Arm, ...] = ("standard", "ntk", "ntk-he")
@@ -112,8 +113,10 @@ class Config:
             raise ValueError(
                 f"Config: seeds, sample counts and widths must be at least 1, widths different, got {self}"
             )
-        if not self.arms or not set(self.arms) <= set(ARMS):
-            raise ValueError(f"Config: arms must be some of {', '.join(ARMS)}, got {self.arms}")
+        if self.one_seed_from < 0:
+            raise ValueError(f"Config: one_seed_from must be at least 0 (0: never), got {self.one_seed_from}")
+        if not self.arms or not set(self.arms) <= set(ARMS) or len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"Config: arms must be some of {', '.join(ARMS)}, each once, got {self.arms}")
         if self.kernel_samples > self.num_train:
             raise ValueError(f"Config: kernel_samples must be at most num_train = {self.num_train}, got {self}")
         for lr in (self.lr, self.lr_ntk):
@@ -229,7 +232,15 @@ def run(unit: Unit, run: Run, tools: Tools) -> dict[str, Any]:
 
 
 def final_values(unit: Unit, seed: int, model: MLP, data: Dataset) -> dict[str, float]:
-    """Test accuracy and laziness of a trained network."""
+    """Test accuracy and laziness of a trained network.
+
+    Raises:
+        ValueError: more function_samples than the data set has test images.
+    """
+    if unit.function_samples > len(data.test_x):
+        raise ValueError(
+            f"function_samples must be at most {len(data.test_x)} ({data.name}), got {unit.function_samples}"
+        )
     inputs, held_out = data.train_x[: unit.kernel_samples], data.test_x[: unit.function_samples]
     test_loss, test_accuracy = evaluate(model, data.test_x, data.test_y)
     found = {"test_loss": test_loss, "test_accuracy": test_accuracy}
@@ -306,9 +317,13 @@ def ratio_claim(arm: Scaling) -> Claim:
         spread, df = pooled_log_sd(found)
         measured = log_ratio_interval(found[32], found[4096], pooled_sd=spread, df=df)
     verdict = judge(measured, paper.NTK_RATIO, 1.0, log_scale=True)
+    near = judge_tolerance(measured, paper.NTK_RATIO, 1.0)
+    if verdict is Verdict.REPRODUCED and near.verdict is not Verdict.REPRODUCED:
+        verdict = Verdict.DIRECTION_ONLY  # half of a ratio is a weak test of a law: the number itself is asked for
     survives, control = absolute_control(arm) if measured else (Survives.NOT_TESTED, "")
-    text = "Relative movement Δ falls 11.3-fold from width 32 to 4096"
-    return Claim("ratio", text, paper.NTK_RATIO, measured, verdict, "×", survives, control, seconds(arm))
+    text = "Relative movement Δ falls 11.3-fold (± 1) from width 32 to 4096"
+    note = near.text if measured else ""
+    return Claim("ratio", text, paper.NTK_RATIO, measured, verdict, "×", survives, control, seconds(arm), note=note)
 
 
 def slope_claim(arm: Scaling) -> Claim:
@@ -333,13 +348,21 @@ def means_claim(arm: Scaling) -> Claim:
 
 
 def accuracy_claim(arm: Scaling) -> Claim:
-    """Difference of the ends, and a trend test over all widths: *Reproduced* asks for both."""
+    """Difference of the ends, and a trend test over all widths: *Reproduced* asks for both.
+
+    Both networks are tested on the same images, so the sum of their binomial variances bounds the images' share.
+    """
     found = {width: [100 * value for value in values] for width, values in arm.groups("test_accuracy").items()}
     measured, note = None, ""
     if {32, 4096} <= set(found):
-        measured = difference(found[4096], found[32], pooled_sd(found))
+        ends = [sum(found[width]) / len(found[width]) for width in (32, 4096)]
+        images = sum(p * (100 - p) for p in ends) / TEST_IMAGES
+        measured = difference(found[4096], found[32], pooled_sd(found), image_variance=images)
     verdict = judge(measured, paper.NTK_GAIN, 0.0)
-    if measured is not None:
+    if measured is not None and len(found) < 3:
+        note = "no trend test: it needs three widths"
+        verdict = Verdict.DIRECTION_ONLY if verdict is Verdict.REPRODUCED else verdict
+    elif measured is not None:
         trend = jonckheere(list(found.values()))
         note = f"{trend.name} over {len(found)} widths: p = {trend.p_value:.2g}, n = {trend.n}"
         if verdict is Verdict.REPRODUCED and not trend.p_value < 0.05:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Manifest:
     @property
     def command(self) -> str:
         """What to type to get it again."""
-        return " ".join(["python -m experiments run", self.study, "--preset", self.preset, *self.overrides])
+        return shlex.join(["python", "-m", "experiments", "run", self.study, "--preset", self.preset, *self.overrides])
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -95,7 +96,7 @@ def save_manifest(manifest: Manifest, store: RunStore, study: StudyModule) -> Pa
 def manifests(store: RunStore, name: str, study: StudyModule) -> list[Manifest]:
     """Manifests whose runs are all there and were made by today's protocol, the most faithful preset first.
 
-    Order: later presets of ``PRESETS`` before earlier ones, a preset as it stands before one with overrides.
+    Order: a preset as it stands before one with overrides, later presets of ``PRESETS`` before earlier ones.
     """
     finished = {run.name for run in store.runs(name) if run.finished}
     found: list[Manifest] = []
@@ -104,7 +105,7 @@ def manifests(store: RunStore, name: str, study: StudyModule) -> list[Manifest]:
         if finished >= set(manifest.runs) and manifest.protocol == study.PROTOCOL and manifest.preset in study.PRESETS:
             found.append(manifest)
     order = list(study.PRESETS)
-    return sorted(found, key=lambda m: (-order.index(m.preset), len(m.overrides), m.overrides))
+    return sorted(found, key=lambda m: (len(m.overrides), -order.index(m.preset), m.overrides))
 
 
 def claims_of(study: StudyModule, rows: Sequence[Row], manifest: Manifest) -> list[Claim]:

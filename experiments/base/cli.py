@@ -247,9 +247,10 @@ def _named(names: Sequence[str]) -> list[tuple[str, StudyModule]]:
 def write_report(command: Report, console: Console) -> int:
     """``report``."""
     store, shown = RunStore(command.out), []
-    for name, study in _named(command.names):
-        if command.preset is not None and command.names:
-            configure(study, command.preset, [])
+    studies = _named(command.names)
+    if command.preset is not None and not any(command.preset in study.PRESETS for _, study in studies):
+        configure(studies[0][1], command.preset, [])  # says so, with near matches
+    for name, study in studies:
         found = archive.manifests(store, name, study)
         found = [m for m in found if command.preset in (None, m.preset)]
         if not found:

@@ -36,10 +36,14 @@ def groups(rows: Iterable[Row], metric: str, by: str, **where: Any) -> dict[Any,
     return {level: [value for _, value in sorted(found[level])] for level in sorted(found)}
 
 
-def difference(a: Sequence[float], b: Sequence[float], pooled: PooledSD, *, level: float = 0.95) -> Estimate:
-    """m_a − m_b ± t(df) · s_p · √(1/n_a + 1/n_b), with a spread pooled over more groups than these two.
+def difference(
+    a: Sequence[float], b: Sequence[float], pooled: PooledSD, *, image_variance: float = 0.0, level: float = 0.95
+) -> Estimate:
+    """m_a − m_b ± t(df') · √(s_p² (1/n_a + 1/n_b) + v), with a spread pooled over more groups than these two.
 
-    So a group of one seed has an interval, under the stated assumption that all groups share the spread.
+    So a group of one seed has an interval, under the stated assumption that all groups share the spread. ``v``
+    (``image_variance``) is the variance that a fresh draw of test images would add; df' = df · (whole/seed variance)²
+    (Satterthwaite, v taken as known).
     """
     from scipy import stats as sps
 
@@ -47,6 +51,11 @@ def difference(a: Sequence[float], b: Sequence[float], pooled: PooledSD, *, leve
     counts = (len(a), len(b))
     if pooled.df < 1:
         return Estimate(value, math.nan, math.nan, sum(counts), "difference of means: no interval", level, counts)
-    half = float(sps.t.ppf(0.5 + level / 2, pooled.df)) * pooled.sd * math.sqrt(1 / len(a) + 1 / len(b))
+    seed_variance = pooled.sd**2 * (1 / len(a) + 1 / len(b))
+    whole = seed_variance + image_variance
+    df = pooled.df * (whole / seed_variance) ** 2 if image_variance > 0 and seed_variance > 0 else pooled.df
+    half = float(sps.t.ppf(0.5 + level / 2, df)) * math.sqrt(whole)
     method = f"difference of means, t interval with the SD pooled over groups (df={pooled.df})"
+    if image_variance > 0:
+        method += f", and a standard error of {math.sqrt(image_variance):.2g} from the test images"
     return Estimate(value, value - half, value + half, sum(counts), method, level, counts)

@@ -145,6 +145,7 @@ def _run_one(study: StudyModule, unit: Any, run: Run, tools: Tools, outcome: Out
             resumed = run.checkpoint_path.exists()
             summary = dict(study.run(unit, run, tools))
             run.finish(summary, environment=tools.environment())
+            (run.path / "error.txt").unlink(missing_ok=True)  # of an earlier try
         _release_memory(tools)
         return f"{format_seconds(run.done['wall_seconds'])}" + (" (resumed)" if resumed else "")
     except Exception as error:  # a unit must never take the others down
