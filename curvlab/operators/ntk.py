@@ -18,6 +18,7 @@ Source: Jacot, Gabriel, Hongler 2018; the layer products are Novak, Sohl-Dickste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,16 +52,19 @@ def empirical_ntk(
         budget_bytes: memory for the kernel and its temporaries.
 
     Returns:
-        Symmetric to the last bit.  Three entries were compared with plain autograd, sample by sample.
+        Symmetric to the last bit.  Three entries were compared with plain autograd, sample by sample.  NaN in x gives
+        NaN in the rows and columns of its sample, NaN in the parameters NaN wherever the outputs depend on it; neither
+        is an error.
 
     Raises:
-        TypeError: x or the parameters are not floating point.
-        ValueError: empty x; a layer in training mode that mixes samples or draws randomness; params of other shapes;
-            the budget is too small (the message says how many samples would fit); or the comparison with autograd fails
-            (a weight is used outside of its layer, or outputs depend on other samples).
+        TypeError: x is not floating point.
+        ValueError: empty x; a layer in training mode that mixes samples or draws randomness; params of other shapes,
+            dtype or device; the budget is too small (the message says how many samples would fit); or the comparison
+            with autograd fails (a weight is used outside of its layer, outputs depend on other samples, or a product is
+            not finite where autograd's is).
     """
     theta = _named(model, params, "empirical_ntk")
-    _check(model, x, theta)
+    _check(model, x, theta, "empirical_ntk")
     with torch.no_grad():
         outputs = functional_call(model, theta, (x[:1],))
     if outputs.ndim != 2:
@@ -85,7 +89,7 @@ def empirical_ntk(
 def kernel_drift(kernel: Tensor, reference: Tensor) -> float:
     """``||K - K_0||_F / ||K_0||_F``: how far the kernel moved, 0 for a network that is its own linearization.
 
-    Sums in float64.
+    Sums in float64.  NaN in either kernel gives NaN.
 
     Raises:
         ValueError: shapes differ, or the reference is zero.
@@ -112,10 +116,12 @@ def linearized_outputs(model: nn.Module, params0: Sequence[Tensor], params1: Seq
         model: the network; its own parameters do not enter and stay as they are.
         params0: theta_0, in the order of ``model.parameters()`` (those that require a gradient).
         params1: theta_1, likewise.
-        x: inputs ``[N, ...]``.
+        x: inputs ``[N, ...]``.  NaN in x or in the parameters gives NaN outputs.
 
     Raises:
-        ValueError: parameter lists that do not match the model's.
+        TypeError: x is not floating point.
+        ValueError: empty x; a layer in training mode that mixes samples or draws randomness; parameter lists that do
+            not match the model's, or of another dtype or device than x.
     """
     return _linearize(model, params0, params1, x, "linearized_outputs")[1]
 
@@ -124,9 +130,12 @@ def linearization_error(model: nn.Module, params0: Sequence[Tensor], x: Tensor) 
     """``||f(theta_T) - f_lin(theta_T)||_F / ||f(theta_T) - f(theta_0)||_F`` on ``x``; theta_T is the model's own.
 
     0 for a network that is linear in its parameters along the way that it went (lazy), of order one when it is not.
+    NaN in x or in the parameters gives NaN.
 
     Raises:
-        ValueError: params0 do not match the model's parameters; the outputs did not change at all.
+        TypeError: x is not floating point.
+        ValueError: empty x; a layer in training mode that mixes samples or draws randomness; params0 do not match the
+            model's parameters, or have another dtype or device than x; the outputs did not change at all.
     """
     own = [param.detach() for param in model.parameters() if param.requires_grad]
     start, linear = _linearize(model, params0, own, x, "linearization_error")
@@ -143,14 +152,19 @@ def linearization_error(model: nn.Module, params0: Sequence[Tensor], x: Tensor) 
 def _linearize(
     model: nn.Module, params0: Sequence[Tensor], params1: Sequence[Tensor], x: Tensor, owner: str
 ) -> tuple[Tensor, Tensor]:
-    start, end = _named(model, params0, owner), _named(model, params1, owner)
+    start = _named(model, params0, owner, "params0")
+    end = _named(model, params1, owner, "params1")
+    _check(model, x, start, owner, "params0")
+    _check(model, x, end, owner, "params1")
     step = {name: end[name] - start[name] for name in start}
     with torch.no_grad():
         value, change = jvp(lambda theta: functional_call(model, theta, (x,)), (start,), (step,))[:2]
     return value, value + change
 
 
-def _named(model: nn.Module, params: Sequence[Tensor] | None, owner: str) -> dict[str, Tensor]:
+def _named(
+    model: nn.Module, params: Sequence[Tensor] | None, owner: str, argument: str = "params"
+) -> dict[str, Tensor]:
     """Name -> detached tensor for the parameters that require a gradient; ``params`` replaces the values."""
     own = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
     if not own:
@@ -159,29 +173,31 @@ def _named(model: nn.Module, params: Sequence[Tensor] | None, owner: str) -> dic
         return own
     params = list(params)
     if len(params) != len(own):
-        raise ValueError(f"{owner}: params must have {len(own)} tensors like the model, got {len(params)}")
+        raise ValueError(f"{owner}: {argument} must have {len(own)} tensors like the model, got {len(params)}")
     for (name, param), value in zip(own.items(), params, strict=True):
         if value.shape != param.shape:
-            raise ValueError(f"{owner}: params must have shape {list(param.shape)} for {name}, got {list(value.shape)}")
+            raise ValueError(
+                f"{owner}: {argument} must have shape {list(param.shape)} for {name}, got {list(value.shape)}"
+            )
     return {name: value.detach() for name, value in zip(own, params, strict=True)}
 
 
-def _check(model: nn.Module, x: Tensor, theta: dict[str, Tensor]) -> None:
+def _check(model: nn.Module, x: Tensor, theta: dict[str, Tensor], owner: str, argument: str = "params") -> None:
     if not x.is_floating_point():
-        raise TypeError(f"empirical_ntk: x must be floating point, got {x.dtype}")
+        raise TypeError(f"{owner}: x must be floating point, got {x.dtype}")
     if x.ndim < 2 or len(x) == 0:
-        raise ValueError(f"empirical_ntk: x must be [N, ...] with N of at least 1, got {list(x.shape)}")
+        raise ValueError(f"{owner}: x must be [N, ...] with N of at least 1, got {list(x.shape)}")
     for name, param in theta.items():
         if param.dtype != x.dtype or param.device != x.device:
             raise ValueError(
-                f"empirical_ntk: params must be {x.dtype} on {x.device} like x, got {param.dtype} on {param.device} "
+                f"{owner}: {argument} must be {x.dtype} on {x.device} like x, got {param.dtype} on {param.device} "
                 f"for {name}"
             )
     mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     for name, module in model.named_modules():
         if module.training and isinstance(module, mixing):
             raise ValueError(
-                f"empirical_ntk: {name or 'model'} ({type(module).__name__}) must be in eval mode (call model.eval()), "
+                f"{owner}: {name or 'model'} ({type(module).__name__}) must be in eval mode (call model.eval()), "
                 "got training mode: its outputs depend on other samples or on chance"
             )
 
@@ -213,7 +229,10 @@ def _check_budget(
 
 
 def _compare_with_autograd(kernel: Tensor, model: nn.Module, theta: dict[str, Tensor], x: Tensor) -> None:
-    """Two per-sample gradients by plain autograd against the three entries of K that they give."""
+    """Two per-sample gradients by plain autograd against the three entries of K that they give.
+
+    Where autograd gives NaN or an infinity, any such value agrees: which of them comes out is a matter of the order.
+    """
     last = len(x) - 1
     classes = kernel.shape[0] // len(x)
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
@@ -223,7 +242,8 @@ def _compare_with_autograd(kernel: Tensor, model: nn.Module, theta: dict[str, Te
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         pair.append([None if grad is None else grad.double() for grad in grads])
     ends = (0, kernel.shape[0] - 1)
-    scale = max(kernel[i, i].item() for i in ends)
+    # Of the finite ones: a NaN sample at one end must not decide on the entries of the other.
+    scale = max((d for i in ends if math.isfinite(d := kernel[i, i].item())), default=0.0)
     # float32 products of 1e3..1e4 terms agree to about 1e-6 of the diagonal; a wrong structure is off by order one.
     tolerance = 1e-8 if kernel.dtype == torch.float64 else 1e-2 if kernel.dtype.itemsize == 2 else 1e-4
     for i in range(2):
@@ -231,10 +251,15 @@ def _compare_with_autograd(kernel: Tensor, model: nn.Module, theta: dict[str, Te
             exact = sum(
                 (a * b).sum().item() for a, b in zip(pair[i], pair[j], strict=True) if a is not None and b is not None
             )
+            # In the kernel's dtype, so that what overflows there is infinite on both sides.
+            exact = torch.tensor(exact, dtype=kernel.dtype).item()
             got = kernel[ends[i], ends[j]].item()
-            if abs(got - exact) > tolerance * max(scale, abs(exact)):
+            agree = math.isfinite(got) == math.isfinite(exact)
+            if agree and math.isfinite(exact):
+                agree = abs(got - exact) <= tolerance * max(scale, abs(exact))
+            if not agree:
                 raise ValueError(
                     f"empirical_ntk: the layer products give K = {got:.6g} where autograd gives {exact:.6g} "
-                    f"(entry {ends[i]}, {ends[j]}): model must use each weight in its own layer only and treat samples "
-                    "one by one; pass structured=False for exact per-sample Jacobians"
+                    f"(entry {ends[i]}, {ends[j]}): model must use each weight in its own layer only, treat samples "
+                    f"one by one, and not overflow {kernel.dtype}; pass structured=False for exact per-sample Jacobians"
                 )

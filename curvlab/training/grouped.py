@@ -216,8 +216,10 @@ def train_group(
         The rows of all networks, divergence flags, and which engine ran (``engine``).
 
     Raises:
-        ValueError: models and seeds do not match or repeat, wrong device or dtype, empty data, one sequence of
-            callbacks for several networks, a checkpoint of another run.
+        TypeError: a callback has none of the four methods; a seed is not an int.
+        ValueError: models and seeds do not match or repeat, a negative seed, wrong device or dtype, empty data, one
+            sequence of callbacks for several networks, the checkpoint of another run (recipe, seeds, data, or initial
+            networks).  After a refusal the models are as they came, with their own storage.
     """
     check_inputs("train_group", models, data, seeds)
     stack_size, _ = choose_engine(models)

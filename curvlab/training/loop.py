@@ -11,6 +11,7 @@ seed, and the last partial batch is kept.  ``drive`` runs epochs, rows, checkpoi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +61,8 @@ class Engine(Protocol):
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 2048) -> tuple[float, float]:
     """Mean cross-entropy (nats) and accuracy (share in 0..1) of ``model`` in eval mode on ``x [N, ...]``, ``y [N]``.
 
-    Sums are float64, one host synchronization in all; the model's train/eval mode is restored.
+    The losses of the samples have the logits' dtype, their sum is float64; one host synchronization in all.  The
+    model's train/eval mode is restored.
 
     Raises:
         ValueError: no samples, or x and y of different length.
@@ -76,7 +78,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 2048) 
     try:
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             logits = model(images)
-            loss += F.cross_entropy(logits, labels, reduction="sum")
+            loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
             correct += (logits.argmax(1) == labels).sum()
     finally:
         for module, mode in modes:
@@ -181,7 +183,9 @@ def train(
         progress: called as ``progress(epochs_done, epochs)``.
 
     Raises:
-        ValueError: model without parameters or on another device than the data, empty data, another run's checkpoint.
+        TypeError: a callback has none of the four methods; seed is not an int.
+        ValueError: model without parameters or on another device than the data, empty data, a negative seed, the
+            checkpoint of another run (recipe, seed, data, or initial network).
     """
     check_inputs("train", [model], data, [seed])
     engine = PlainEngine([model], data, recipe, seeds=[seed])
@@ -226,14 +230,17 @@ def drive(
     """Run ``engine`` to the end of the recipe: orders, rates, rows, callbacks, checkpoints, divergence."""
     began = time.perf_counter()
     states = engine.states
-    watchers = Callbacks(callbacks, states)
-    generators = [seeding.generator(state.seed, "order") for state in states]
     history: list[dict[str, Any]] = []
     try:
+        # What may refuse stands inside: the engine holds the models' parameters, and only finish() gives them back.
+        watchers = Callbacks(callbacks, states)
+        generators = [seeding.generator(state.seed, "order") for state in states]
+        # Before on_start, where a callback may change the network, and before the checkpoint replaces it.
+        identity = {} if checkpoint is None else _identity(engine, data, recipe)
         for state in states:
             # Before the checkpoint is read, so that a recorder of movement sees the initial network also on resume.
             watchers.fire("on_start", state)
-        run = _Run(engine, watchers, generators, _identity(engine, data, recipe), history)
+        run = _Run(engine, watchers, generators, identity, history)
         if checkpoint is not None:
             run.resume(checkpoint)
         _epochs(run, data, recipe, checkpoint, progress)
@@ -279,15 +286,38 @@ def _close_epoch(state: TrainState, epoch: int, loss: float, accuracy: float, hi
 
 
 def _identity(engine: Engine, data: Dataset, recipe: Recipe) -> dict[str, Any]:
-    """What a checkpoint must agree in to be resumed: a resumed run may not silently be another run."""
+    """What a checkpoint must agree in to be resumed: a resumed run may not silently be another run.
+
+    Called while the networks are the initial ones.  Shapes alone would let a network in NTK parametrization, or
+    another draw, go on from the checkpoint of a standard one.
+    """
+    models = [state.model for state in engine.states]
     return {
         "engine": engine.name,
         "recipe": asdict(recipe),
         "seeds": [state.seed for state in engine.states],
         "shapes": [[list(param.shape) for param in state.params] for state in engine.states],
+        "classes": [type(model).__name__ for model in models],
+        "affine_scales": [
+            [float(m.affine_scale) for m in model.modules() if hasattr(m, "affine_scale")]  # type: ignore[arg-type]
+            for model in models
+        ],
+        "initial_network": [_digest(model) for model in models],
         "dtype": str(data.train_x.dtype),
         "data": f"{data.name} {data.fingerprint} {len(data.train_x)}",
     }
+
+
+def _digest(model: nn.Module) -> str:
+    """Sha256 over the modules' names and classes and the bytes of all parameters, in the order of the model."""
+    digest = hashlib.sha256()
+    for prefix, module in model.named_modules():
+        digest.update(f"{prefix}:{type(module).__name__};".encode())
+        for name, param in module.named_parameters(recurse=False):
+            digest.update(f"{name}{list(param.shape)}{param.dtype};".encode())
+            # As bytes, because numpy has no bfloat16.
+            digest.update(param.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 @dataclass

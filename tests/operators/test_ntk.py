@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from curvlab.models import CNN, MLP, NTKLinear
+from curvlab.operators import layer_kernels
 from curvlab.operators.ntk import empirical_ntk, kernel_drift, linearization_error, linearized_outputs
 
 F64 = torch.float64
@@ -239,6 +241,11 @@ def test_a_wrong_scale_is_caught():
             ValueError,
             "linearized_outputs: params",
         ),
+        (
+            lambda m: linearized_outputs(m, list(m.parameters()), [p.float() for p in m.parameters()], inputs(2, 5)),
+            ValueError,
+            "linearized_outputs: params1 must be torch.float64 .* got torch.float32",
+        ),
         (lambda m: linearization_error(m, list(m.parameters()), inputs(2, 5)), ValueError, "got no change at all"),
         (
             lambda m: kernel_drift(torch.ones(2, 2), torch.ones(3, 3)),
@@ -256,6 +263,62 @@ def test_bad_input_is_refused(call, error, match):
 def test_training_mode_of_layers_that_mix_samples_is_refused():
     with pytest.raises(ValueError, match=r"features.1 \(BatchNorm2d\) must be in eval mode"):
         empirical_ntk(CNN(2, generator=draw()), torch.zeros(2, 3, 32, 32))
+
+
+LINEARIZED = {
+    "linearized_outputs": lambda m, x: linearized_outputs(m, list(m.parameters()), list(m.parameters()), x),
+    "linearization_error": lambda m, x: linearization_error(m, list(m.parameters()), x),
+}
+
+
+@pytest.mark.parametrize("owner", LINEARIZED)
+def test_linearization_checks_inputs_and_mode(owner):
+    mlp = MLP(6, in_features=5, generator=draw()).double()
+    for x, error, match in (
+        (torch.zeros(0, 5, dtype=F64), ValueError, r"x must be .* N of at least 1, got \[0, 5\]"),
+        (torch.zeros(2, 5, dtype=torch.int64), TypeError, "x must be floating point, got torch.int64"),
+        (torch.zeros(2, 5), ValueError, "params0 must be torch.float32 on cpu like x, got torch.float64"),
+    ):
+        with pytest.raises(error, match=f"{owner}: {match}"):
+            LINEARIZED[owner](mlp, x)
+    cnn = CNN(2, image_size=8, generator=draw())
+    before = [buffer.clone() for buffer in cnn.buffers()]
+    with pytest.raises(ValueError, match=rf"{owner}: features.1 \(BatchNorm2d\) must be in eval mode"):
+        LINEARIZED[owner](cnn, torch.zeros(2, 3, 8, 8))
+    assert all(torch.equal(a, b) for a, b in zip(before, cnn.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("sick", [0, 1, 3])
+def test_a_nan_sample_gives_nan_in_its_own_entries(sick):
+    model, x = MLP(6, in_features=5, generator=draw()).double(), inputs(4, 5)
+    whole = empirical_ntk(model, x)
+    x[sick] = float("nan")
+    own = torch.zeros(4, 10, dtype=torch.bool)
+    own[sick] = True
+    touched = own.view(-1, 1) | own.view(1, -1)
+    kernel = empirical_ntk(model, x)
+    assert kernel[touched].isnan().all()
+    assert not kernel[~touched].isnan().any()
+    torch.testing.assert_close(kernel[~touched], whole[~touched], rtol=1e-11, atol=1e-12)
+
+
+def test_nan_parameters_give_nan():
+    model, x = MLP(6, in_features=5, generator=draw()).double(), inputs(4, 5)
+    start = [param.detach().clone() for param in model.parameters()]
+    whole = empirical_ntk(model, x)
+    with torch.no_grad():
+        model.layers[1].bias.fill_(float("nan"))
+    assert empirical_ntk(model, x).isnan().any()
+    assert math.isnan(kernel_drift(empirical_ntk(model, x), whole))
+    assert math.isnan(linearization_error(model, start, x))
+    assert linearized_outputs(model, start, list(model.parameters()), x).isnan().all()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_layer_products_that_are_not_finite_where_autograd_is_are_refused(monkeypatch, wrong):
+    monkeypatch.setattr(layer_kernels, "add_layers", lambda kernel, *rest: kernel.fill_(wrong))
+    with pytest.raises(ValueError, match=f"layer products give K = {wrong} where autograd gives "):
+        empirical_ntk(MLP(6, in_features=5, generator=draw()).double(), inputs(4, 5))
 
 
 def test_drift_is_a_relative_frobenius_norm():

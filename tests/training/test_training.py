@@ -510,6 +510,7 @@ def test_streams_are_independent_and_repeatable():
             generator(*wrong)
 
 
+@pytest.mark.cuda_build
 @pytest.mark.parametrize("num", [128, 100])
 def test_a_step_on_fake_cuda_tensors_stays_on_the_device(num):
     """No kernel runs: a buffer made on the CPU, a mix of devices or a read of a value on the host would fail here."""
