@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,10 +63,12 @@ def print_table(title: str, rows: list[dict[str, Any]], *, settings: str) -> Non
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``rows`` to ``path``, whole or not at all."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        json.dump(rows, file, indent=1)
-    os.replace(scratch, path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(rows, indent=1))
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -106,8 +107,8 @@ def main() -> int:
     options = parser().parse_args()
     if options.threads < 1:
         parser().error(f"--threads must be at least 1, got {options.threads}")
-    if options.json and not options.json.parent.is_dir():
-        parser().error(f"--json: there is no folder {options.json.parent}")
+    if options.json and not os.access(options.json.parent, os.W_OK):  # now, not after minutes of measuring
+        parser().error(f"--json: {options.json.parent} must be a folder that can be written to")
     try:
         import torch
 

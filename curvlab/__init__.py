@@ -46,7 +46,12 @@ __all__ = [
 ]
 
 
+_ROOMS = ("data", "models", "norms", "operators", "ops", "runs", "training")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"curvlab.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'curvlab' has no attribute {name!r}; its public names: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -55,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -2,7 +2,7 @@
 """``python -m curvlab [--json]``: what a bug report needs.
 
 Versions, build flags, CPU capability in use, CUDA kernels built or not and for which architectures, device, threads,
-allocator settings. It names no host, user or folder.
+allocator settings. It names no host and no user.
 """
 
 from __future__ import annotations

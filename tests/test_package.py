@@ -106,5 +106,6 @@ def test_the_bug_report_is_complete() -> None:
 def test_public_names_are_one_list() -> None:
     for name in curvlab.__all__:
         assert getattr(curvlab, name).__module__.startswith("curvlab.")
+    assert curvlab.data.NAMES  # rooms too, without an import of their own
     with pytest.raises(AttributeError, match="its public names"):
         curvlab.no_such_name  # noqa: B018
