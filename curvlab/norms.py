@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from curvlab.ops import norms as ops
 
@@ -48,6 +49,10 @@ class ParameterNorms:
     def total(self) -> ParameterNorms:
         """The same quantities of all tensors as one vector."""
         return ParameterNorms(self.table[-1] if self.table.dim() == 2 else self.table, ("total",))
+
+    def detach(self) -> ParameterNorms:
+        """The same numbers without their tie to autograd, ready for ``float`` and ``numpy``."""
+        return ParameterNorms(self.table.detach(), self.names)
 
     @property
     def l1(self) -> Tensor:
@@ -139,6 +144,10 @@ def _check_tensors(function: str, argument: str, entries: list[Any]) -> None:
     for index, entry in enumerate(entries):
         if not isinstance(entry, Tensor):
             raise TypeError(f"{function}: {argument}[{index}] must be a tensor, got {type(entry).__name__}")
+        if is_lazy(entry):  # it has no elements yet, and its norms would be those of an empty tensor
+            raise ValueError(
+                f"{function}: {argument}[{index}] must be initialized, got a lazy parameter: run its module once first"
+            )
 
 
 def _pair(
@@ -166,7 +175,8 @@ def parameter_norms(params: Parameters, reference: Parameters | None = None) -> 
 
     Sums are accumulated in float64 in a fixed order: the same bits for any number of threads. Relative error: at most
     1e-7 for float32 at 1e8 elements, 1e-14 for float64 (the inner product relative to ||x|| ||r||). NaN and infinities
-    propagate. On CUDA: one launch, no synchronization.
+    propagate. On CUDA: one launch, no synchronization. Results of parameters that require grad require it too, so that
+    a backward pass is refused aloud: to read them, use ``torch.no_grad()`` or ``.detach()``.
 
     Args:
         params: a module, tensors, or named tensors; float32, float64, bfloat16 or float16, any shapes, one device.
@@ -177,7 +187,7 @@ def parameter_norms(params: Parameters, reference: Parameters | None = None) -> 
 
     Raises:
         TypeError: not tensors, an unsupported dtype or layout, a reference of another dtype.
-        ValueError: reference of another length, other names or shapes; tensors on several devices.
+        ValueError: reference of another length, other names or shapes; tensors on several devices; lazy parameters.
         NotImplementedError: called inside a ``torch.func`` transform or forward-mode AD.
     """
     tensors, references, names = _pair("parameter_norms", params, reference)
@@ -190,7 +200,8 @@ def parameter_norms(params: Parameters, reference: Parameters | None = None) -> 
 def total_norm(params: Parameters) -> Tensor:
     r"""L2 norm of all tensors as one vector, :math:`\sqrt{\sum_t \sum_i x_{t,i}^2}`: 0-d float64 on their device.
 
-    As ``torch.nn.utils.get_total_norm`` with float64 accumulation. Raises what ``parameter_norms`` raises.
+    As ``torch.nn.utils.get_total_norm`` with float64 accumulation. Raises what ``parameter_norms`` raises. The norm of
+    parameters that require grad requires it too: to read it, use ``torch.no_grad()`` or ``.detach()``.
     """
     tensors, _ = _named("total_norm", "params", params)
     try:
@@ -205,6 +216,7 @@ def filter_norms(params: Parameters) -> list[Tensor]:
     For a convolution ``[C_out, C_in, kH, kW]`` or a linear layer ``[out, in]`` these are the norms of "Visualizing the
     Loss Landscape of Neural Nets" (Li et al. 2018). A 1-d tensor (bias, normalization) has slices of one element, so
     its entry holds |w_j|; whether to scale those too is the caller's choice. A 0-d tensor is one slice.
+    Results of parameters that require grad require it too: to read them, use ``torch.no_grad()`` or ``.detach()``.
 
     Args:
         params: as in ``parameter_norms``.
@@ -214,7 +226,7 @@ def filter_norms(params: Parameters) -> list[Tensor]:
 
     Raises:
         TypeError: not tensors, an unsupported dtype or layout.
-        ValueError: tensors on several devices.
+        ValueError: tensors on several devices; lazy parameters.
         NotImplementedError: called inside a ``torch.func`` transform or forward-mode AD.
     """
     tensors, _ = _named("filter_norms", "params", params)
@@ -230,6 +242,7 @@ class NormTable:
 
     It holds the tensors: optimizer steps and ``p.data = ...`` are seen, another tensor put in a parameter's place
     (``module.weight = nn.Parameter(...)``) is not. Raises what ``parameter_norms`` raises, at construction.
+    Results of parameters that require grad require it too: to read them, use ``torch.no_grad()`` or ``.detach()``.
     """
 
     def __init__(self, params: Parameters, reference: Parameters | None = None) -> None:
@@ -246,6 +259,12 @@ class NormTable:
     def total_norm(self) -> Tensor:
         """L2 norm of all tensors as one vector, as they are now: 0-d float64."""
         return self._prepared(l2_only=True)[-1, _L2]
+
+
+def _kept(params: Any) -> Any:
+    """``params`` in a form that can be walked through more than once: a generator becomes a list."""
+    once = isinstance(params, Iterable) and not isinstance(params, nn.Module | Mapping | Tensor | str)
+    return list(params) if once else params
 
 
 class _State(Protocol):
@@ -271,7 +290,7 @@ class NormRecorder:
             raise ValueError(f"NormRecorder: every must be at least 1, got {every}")
         if isinstance(reference, str) and reference != "start":
             raise ValueError(f"NormRecorder: reference must be tensors, 'start' or None, got {reference!r}")
-        self._params, self._reference, self._every = params, reference, every
+        self._params, self._reference, self._every = _kept(params), _kept(reference), every
         self._prepared: ops.PreparedNorms | None = None
         self._steps: list[int] = []
         self._buffer = torch.empty(0, len(ops.COLUMNS), dtype=torch.float64)

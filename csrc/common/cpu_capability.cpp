@@ -8,14 +8,26 @@
 #include <cstring>
 #include <string>
 
+#if defined(MULTI_ISA)
+#include <cpuid.h>
+#endif
+
 namespace curvlab {
 namespace {
 
 constexpr CpuCapability kAll[] = {CpuCapability::kDefault, CpuCapability::kAvx2, CpuCapability::kAvx512};
 
+#if defined(MULTI_ISA)
+// By hand: not every compiler that builds this knows __builtin_cpu_supports("f16c").
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 bool has(CpuCapability capability) {
 #if defined(MULTI_ISA)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (capability == CpuCapability::kAvx2) return avx2;
   if (capability == CpuCapability::kAvx512) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -72,6 +72,7 @@ void norm_rows(const FilterTensors& list, std::int64_t begin, std::int64_t end, 
 }
 
 at::Tensor filter_norms_cpu(at::TensorList tensors) {
+  check_filter_list(tensors);
   const FilterTensors list(tensors);
   at::Tensor out = at::zeros({list.rows}, at::kDouble);  // rows without elements stay 0
   double* values = out.mutable_data_ptr<double>();

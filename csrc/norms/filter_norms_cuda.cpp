@@ -15,6 +15,7 @@ namespace curvlab::norms {
 namespace {
 
 at::Tensor filter_norms_cuda(at::TensorList tensors) {
+  check_filter_list(tensors);  // before the guard, which takes no CPU device
   const c10::cuda::CUDAGuard guard(tensors[0].device());
   const FilterTensors list(tensors);
   const std::int64_t count = static_cast<std::int64_t>(list.entries.size());

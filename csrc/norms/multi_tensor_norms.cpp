@@ -92,7 +92,7 @@ void finish_rows(const NormTensors& list, const ChunkRow* rows, double* out) {
 }
 
 at::Tensor multi_tensor_norms_cpu(at::TensorList tensors, at::TensorList reference, bool l2_only) {
-  NormTensors list(tensors, reference, l2_only);
+  NormTensors list(tensors, reference, check_norm_lists(tensors, reference, l2_only));
   const std::int64_t chunks =
       assign_chunks(list.entries.data(), list.size(), [](const NormEntry& entry) { return cpu_chunk_count(entry); });
   TORCH_CHECK_VALUE(chunks >= 0, "multi_tensor_norms: tensors hold more than 2^32 chunks of ", kCpuChunkElements);

@@ -52,16 +52,20 @@ NormMode check_norm_lists(at::TensorList tensors, at::TensorList reference, bool
   return reference.empty() ? NormMode::kNorms : NormMode::kWithReference;
 }
 
-// The table of multi_tensor_norms. Elements are read in memory order, so any dense layout that a tensor shares with its
-// reference is read in place; others are copied, and `copies` keeps those alive.
+inline NormMode check_norm_lists(at::TensorList tensors, at::TensorList reference, bool l2_only) {
+  return check_norm_lists(tensors, reference, l2_only,
+                          [](const at::Tensor& a, const at::Tensor& b) { return a.sizes() == b.sizes(); });
+}
+
+// The table of multi_tensor_norms, for lists that passed check_norm_lists. Elements are read in memory order, so any
+// dense layout that a tensor shares with its reference is read in place; others are copied, and `copies` keeps those
+// alive.
 struct NormTensors {
   std::vector<NormEntry> entries;
   std::vector<at::Tensor> copies;
   NormMode mode;
 
-  NormTensors(at::TensorList tensors, at::TensorList reference, bool l2_only)
-      : mode(check_norm_lists(tensors, reference, l2_only,
-                              [](const at::Tensor& a, const at::Tensor& b) { return a.sizes() == b.sizes(); })) {
+  NormTensors(at::TensorList tensors, at::TensorList reference, NormMode norm_mode) : mode(norm_mode) {
     entries.reserve(tensors.size());
     for (std::size_t i = 0; i < tensors.size(); ++i) add(tensors[i], reference.empty() ? nullptr : &reference[i]);
   }
@@ -95,14 +99,14 @@ inline void check_filter_list(at::TensorList tensors) {
   }
 }
 
-// The table of filter_norms: rows are dense blocks of memory one after another, or the tensor is copied.
+// The table of filter_norms, for a list that passed check_filter_list: rows are dense blocks of memory one after
+// another, or the tensor is copied.
 struct FilterTensors {
   std::vector<FilterEntry> entries;
   std::vector<at::Tensor> copies;
   std::int64_t rows = 0, items = 0;
 
   explicit FilterTensors(at::TensorList tensors) {
-    check_filter_list(tensors);
     entries.reserve(tensors.size());
     for (const at::Tensor& tensor : tensors) add(tensor);
     items = assign_items(entries.data(), static_cast<std::int64_t>(entries.size()));

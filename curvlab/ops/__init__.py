@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 from typing import Any
 
-import torch  # noqa: F401  (its libraries must be loaded before ours)
+import torch  # its libraries must be loaded before ours
 
 from curvlab import _build
 
@@ -27,22 +28,51 @@ except ImportError as error:
     ) from error
 
 
+def build_facts() -> dict[str, Any]:
+    """What this build was made with: torch, compiler, flags, instruction sets, CUDA and its architectures."""
+    return json.loads(_host.build_facts())
+
+
+def _same_abi(built: str, running: str) -> bool:
+    """Whether two versions of torch share a C++ interface: equal major.minor, both with CUDA or both without."""
+
+    def kind(version: str) -> tuple[list[str], bool]:
+        release, _, local = version.partition("+")
+        return release.split(".")[:2], local.startswith("cu")
+
+    return kind(built) == kind(running)
+
+
+def _check_torch() -> None:
+    # Loading is no proof: with another torch the modules may load and then read its objects wrongly.
+    built = build_facts()["torch"]
+    if not _same_abi(built, torch.__version__):
+        raise ImportError(
+            f"curvlab was built with torch {built}, but this is torch {torch.__version__}: their C++ ABIs differ; "
+            "build it anew: pip install .",
+            name="curvlab._C",
+        )
+
+
+_check_torch()
+
+
+def _without_folders(text: str) -> str:
+    """Paths cut to their last part, spaces in folder names included: a bug report need not name home and user."""
+    return re.sub(r"""[^\s:'"`(]*/(?:[^:\n]*/)?""", "", text)
+
+
 def _load_cuda() -> str:
     if importlib.util.find_spec("curvlab._C_cuda") is None:
         return "not built"
     try:
         importlib.import_module("curvlab._C_cuda")
     except ImportError as error:
-        return f"built, but does not load: {str(error).splitlines()[0]}"
+        return f"built, but does not load: {_without_folders(str(error).splitlines()[0])}"
     return "loaded"
 
 
 _CUDA_STATUS = _load_cuda()
-
-
-def build_facts() -> dict[str, Any]:
-    """What this build was made with: torch, compiler, flags, instruction sets, CUDA and its architectures."""
-    return json.loads(_host.build_facts())
 
 
 def cpu_capability() -> str:

@@ -100,6 +100,7 @@ class PreparedNorms:
 
     def __init__(self, tensors: Sequence[Tensor], reference: Sequence[Tensor] = ()) -> None:
         _refuse_transforms("multi_tensor_norms")
+        _check_devices_of_fakes("multi_tensor_norms", tensors, reference)
         self._table = _host.NormTable(list(tensors), list(reference))
 
     def __call__(self, *, l2_only: bool = False) -> Tensor:

@@ -113,6 +113,22 @@ def test_results_refuse_a_backward_pass() -> None:
         torch.func.grad(lambda w: total_norm([w]))(torch.ones(3))
 
 
+@pytest.mark.parametrize("function", [parameter_norms, total_norm, filter_norms, NormTable], ids=lambda f: f.__name__)
+def test_lazy_parameters_are_refused(function) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{function.__name__}: params\[0\] must be initialized, got a lazy parameter"
+    ):
+        function(nn.LazyLinear(3))
+
+
+def test_detached_results_can_be_read() -> None:
+    got, net = parameter_norms(small_net(), small_net()), small_net().requires_grad_(False)
+    assert got.l2.requires_grad and got.total.l2.requires_grad
+    want = parameter_norms(net, net)
+    assert got.detach().l2.numpy().tolist() == want.l2.tolist() and got.detach().names == want.names
+    assert float(got.total.detach().l2) == want.total.l2
+
+
 def test_table_follows_its_tensors() -> None:
     net, start = small_net(), small_net()
     table = NormTable(net, start)

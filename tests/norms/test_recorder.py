@@ -57,6 +57,19 @@ def test_every_third_step_and_the_last() -> None:
     assert recorder.table()[:, 4:].isnan().all()
 
 
+@pytest.mark.parametrize("reference", ["start", None])
+def test_generators_serve_every_run(reference: str | None) -> None:
+    params = [torch.full((3,), 2.0), torch.ones(5)]
+    recorder = NormRecorder((p for p in params), reference=reference)
+    for _ in range(2):
+        recorder.on_start(SimpleNamespace(step=0, params=[]))
+        assert recorder.rows()[0]["l1"] == 11
+    recorder = NormRecorder(params, reference=(p * 2 for p in params))
+    for _ in range(2):
+        recorder.on_start(SimpleNamespace(step=0, params=[]))
+        assert recorder.rows()[0]["relative_movement"] == 0.5
+
+
 def test_buffer_grows() -> None:
     recorder = NormRecorder(reference="start")
     net, start = train(recorder, steps=600)

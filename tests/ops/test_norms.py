@@ -237,6 +237,7 @@ def test_the_raw_op_refuses_tangents() -> None:
             torch.ops.curvlab.multi_tensor_norms([dual], [])
 
 
+@pytest.mark.cuda_build
 def test_fake_cuda_tensors() -> None:
     with FakeTensorMode():
         cuda, cpu = torch.empty(3, 4, device="cuda"), torch.empty(3, 4)
@@ -327,3 +328,54 @@ def test_build_facts_and_status() -> None:
     assert facts["torch"].split(".")[:2] == torch.__version__.split(".")[:2] and "-O3" in facts["flags"]
     assert ops.cpu_capability() == _host.cpu_capability() in facts["instruction_sets"]
     assert ops.cuda_status().split(":")[0] in ("loaded", "not built", "built, but does not load")
+
+
+@pytest.mark.parametrize(
+    ("running", "same"),
+    [
+        ("2.13.0+cu130", True),
+        ("2.13.1+cu126", True),
+        ("2.14.0+cu130", False),
+        ("2.13.0+cpu", False),
+        ("2.13.0", False),
+        ("3.13.0+cu130", False),
+    ],
+)
+def test_another_torch_than_the_one_of_the_build_is_refused(running: str, same: bool, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "build_facts", lambda: {"torch": "2.13.0+cu130"})
+    monkeypatch.setattr(torch, "__version__", running)
+    if same:
+        ops._check_torch()
+        return
+    with pytest.raises(ImportError, match=r"built with torch 2\.13\.0\+cu130.*pip install \.") as caught:
+        ops._check_torch()
+    assert f"this is torch {running}:" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("libcudart.so.13: cannot open: No such file", "libcudart.so.13: cannot open: No such file"),
+        ("/home/ann/x/_C_cuda.so: undefined symbol: _Z1f", "_C_cuda.so: undefined symbol: _Z1f"),
+        ("/home/ann lee/x/_C.so: undefined symbol: _Z1f", "_C.so: undefined symbol: _Z1f"),
+        (
+            "/lib/a.so.6: version `G_3' not found (required by /home/ann/b.so)",
+            "a.so.6: version `G_3' not found (required by b.so)",
+        ),
+        ("home/ann/_C.so: file too short", "_C.so: file too short"),
+    ],
+)
+def test_the_status_names_no_folders(said: str, shown: str, monkeypatch) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError(said)
+
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(ops.importlib, "import_module", refuse)
+    assert ops._load_cuda() == f"built, but does not load: {shown}"
+
+
+def test_prepared_norms_refuse_fakes_on_several_devices() -> None:
+    with FakeTensorMode():
+        tensors = [torch.empty(3, device="cuda"), torch.empty(())]
+        with pytest.raises(ValueError, match="multi_tensor_norms: tensors must be on one device, got cpu, cuda:0"):
+            norms.PreparedNorms(tensors)
