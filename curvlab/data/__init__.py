@@ -102,7 +102,11 @@ def load(
         ValueError: unknown name; a file that is corrupt, truncated or of another structure (it is named).
         FileNotFoundError: root does not exist, or the data is nowhere and download is off.
         NotADirectoryError: root is a file.
-        OSError: the cache cannot be written, or every mirror failed (each is listed with what went wrong).
+        OSError: the cache cannot be written, or every mirror failed (each is listed with what went wrong, and so are
+            corrupt files in the cache).
+
+    Warns:
+        UserWarning: a corrupt file in the cache was replaced by a download (it is named).
     """
     if name not in NAMES:
         raise ValueError(f"load: name must be one of {', '.join(NAMES)}, got {name!r}")

@@ -13,8 +13,8 @@ import io
 import os
 import shutil
 import tarfile
-import urllib.error
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +60,9 @@ MIRRORS: dict[str, tuple[str, ...]] = {
 }
 LAYOUT = {"mnist": Path("MNIST") / "raw", "cifar10": Path("cifar-10-batches-py")}
 CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
+# Most bytes taken from a mirror for one file or archive, packed as well as unpacked: published are at most 47 MB and
+# 186 MB.  What is larger is not the data set, and must not fill the memory before its checksum is known.
+MAX_BYTES = {"mnist": 64 << 20, "cifar10": 256 << 20}
 TIMEOUT_SECONDS = 30.0
 CHUNK = 1 << 18
 
@@ -152,41 +155,62 @@ def _download(name: str, folder: Path, wanted: Sequence[str], mirrors: Sequence[
         raise OSError(
             f"load: the cache {folder} must be writable (set XDG_CACHE_HOME to move it), got: {error}"
         ) from error
+    corrupt = {file: path for file in wanted if (path := pick(folder, file)).exists()}
     used: dict[str, None] = {}
     sources = [(f"{file}.gz", [file]) for file in wanted] if name == "mnist" else [(CIFAR_ARCHIVE, list(wanted))]
     for remote, files in sources:
-        used[_first_good(remote, {file: PUBLISHED_MD5[name][file] for file in files}, folder, mirrors)] = None
+        md5s = {file: PUBLISHED_MD5[name][file] for file in files}
+        mirror, contents = _first_good(remote, md5s, folder, mirrors, limit=MAX_BYTES[name], corrupt=corrupt)
+        for file, content in contents.items():
+            _write(folder / file, content)
+        used[mirror] = None
+        replaced = [str(corrupt.pop(file)) for file in files if file in corrupt]
+        if replaced:
+            warnings.warn(
+                f"load: corrupt in the cache (md5 is not the published one), replaced by a download from {mirror}: "
+                + ", ".join(replaced),
+                stacklevel=4,  # where load was called
+            )
     return ", ".join(used)
 
 
-def _first_good(remote: str, md5s: Mapping[str, str], folder: Path, mirrors: Sequence[str]) -> str:
-    """Fetch ``remote`` from the first mirror whose content has the checksums; write its files; return the mirror."""
+def _first_good(
+    remote: str,
+    md5s: Mapping[str, str],
+    folder: Path,
+    mirrors: Sequence[str],
+    *,
+    limit: int,
+    corrupt: Mapping[str, Path],
+) -> tuple[str, dict[str, bytes]]:
+    """The first mirror whose ``remote`` has the checksums, and the files in it."""
     failures = []
     for mirror in mirrors:
         url = mirror.rstrip("/") + "/" + remote
         try:
-            contents = _unpack(remote, _fetch(url, remote), md5s)
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+            return mirror, _unpack(remote, _fetch(url, remote, limit), md5s, limit)
+        except (OSError, HTTPException, ValueError) as error:  # OSError: URLError, SSLError, time-out, no route, ...
             failures.append(f"{url}: {error}")
-            continue
-        for file, content in contents.items():
-            _write(folder / file, content)
-        return mirror
+    damaged = f"; corrupt in the cache: {', '.join(map(str, corrupt.values()))}" if corrupt else ""
     raise OSError(
-        f"load: {remote} could not be downloaded; tried " + "; ".join(failures) + f". Put it into {folder} by hand, "
+        f"load: {remote} could not be downloaded; tried {'; '.join(failures)}{damaged}. Put it into {folder} by hand, "
         "or set CURVLAB_DATA to a folder that holds the data set"
     )
 
 
-def _fetch(url: str, label: str) -> bytes:
-    """The bytes at ``url``.  Raises ValueError when the connection ends before the announced length."""
+def _fetch(url: str, label: str, limit: int) -> bytes:
+    """The bytes at ``url``; ValueError: more than ``limit``, or the connection ends before the announced length."""
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, _bar() as bar:
         announced = response.headers.get("Content-Length")
         total = int(announced) if announced is not None else None
+        if total is not None and total > limit:
+            raise ValueError(f"the download must have at most {limit} bytes, got {total} announced")
         task = bar.add_task(label, total=total)
         parts = io.BytesIO()
         while chunk := response.read(CHUNK):
             parts.write(chunk)
+            if parts.tell() > limit:
+                raise ValueError(f"the download must have at most {limit} bytes, got more")
             bar.advance(task, len(chunk))
     content = parts.getvalue()
     if total is not None and len(content) != total:
@@ -200,23 +224,43 @@ def _bar() -> Progress:
     )
 
 
-def _unpack(remote: str, packed: bytes, md5s: Mapping[str, str]) -> dict[str, bytes]:
+def _gunzip(packed: bytes, limit: int) -> bytes:
+    """gzip.decompress, but never more than ``limit`` bytes: a small file can unpack to a thousand times its size."""
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"the unpacked file must have at most {limit} bytes, got more")
+    return content
+
+
+def _members(content: bytes, files: Mapping[str, str]) -> dict[str, bytes]:
+    """The named files of a tar archive.  They are read, never extracted: no path in the archive reaches the disk."""
+    names = {f"{LAYOUT['cifar10']}/{file}": file for file in files}
+    found: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        for member in archive:
+            if member.size < 0:  # would lead back to an earlier member, for ever
+                raise ValueError(f"the size of {member.name[:80]!r} must not be negative, got {member.size}")
+            # Links can point at themselves, and a sparse member can claim any size.
+            if member.name in names and member.isreg() and not member.issparse():
+                stream = archive.extractfile(member)
+                found[names[member.name]] = stream.read() if stream is not None else b""
+    missing = [file for file in files if file not in found]
+    if missing:
+        raise ValueError(f"the archive must hold {', '.join(names)}, missing: {', '.join(missing)}")
+    return found
+
+
+def _unpack(remote: str, packed: bytes, md5s: Mapping[str, str], limit: int) -> dict[str, bytes]:
     """The files in ``packed``, each with its published md5, or a ValueError that names the one that is wrong."""
-    contents: dict[str, bytes] = {}
     try:
-        if remote.endswith(".tar.gz"):
-            with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
-                for file in md5s:
-                    # Members are read by name, never extracted: no path in the archive reaches the disk.
-                    member = archive.extractfile(f"{LAYOUT['cifar10']}/{file}")
-                    contents[file] = member.read() if member is not None else b""
-        else:
-            contents[next(iter(md5s))] = gzip.decompress(packed)
-    except (EOFError, OSError, KeyError, tarfile.TarError, zlib.error) as error:
+        content = _gunzip(packed, limit)
+        contents = _members(content, md5s) if remote.endswith(".tar.gz") else {next(iter(md5s)): content}
+    except (EOFError, OSError, OverflowError, tarfile.TarError, zlib.error) as error:
         raise ValueError(f"not a whole archive ({type(error).__name__}: {error})") from error
-    for file, content in contents.items():
-        if _md5(content) != md5s[file]:
-            raise ValueError(f"md5 of {file} must be {md5s[file]}, got {_md5(content)}")
+    for file, found in contents.items():
+        if _md5(found) != md5s[file]:
+            raise ValueError(f"md5 of {file} must be {md5s[file]}, got {_md5(found)}")
     return contents
 
 

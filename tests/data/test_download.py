@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
 import os
+import ssl
 import tarfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,8 +26,11 @@ BATCHES = {"data_batch_1": b"one" * 500, "test_batch": b"test" * 500}
 
 
 @contextmanager
-def serve(pages: dict[str, bytes], *, cut: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """A server of ``pages`` (404 for the rest); with ``cut``, the connection ends after that many bytes."""
+def serve(pages: dict[str, bytes], *, cut: int | None = None, endless: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """A server of ``pages`` (404 for the rest).
+
+    With ``cut``, the connection ends after that many bytes; with ``endless``, it never ends of itself.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,9 +41,14 @@ def serve(pages: dict[str, bytes], *, cut: int | None = None) -> Iterator[tuple[
                 self.send_error(404)
                 return
             self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
+            if not endless:
+                self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[:cut])
+            with suppress(ConnectionError):  # until the other side has had enough
+                while endless:
+                    self.wfile.write(content)
+            if not endless:
+                self.wfile.write(content[:cut])
 
         def log_message(self, *args: object) -> None:
             pass
@@ -151,9 +162,72 @@ def test_a_corrupt_cached_file_is_named_and_replaced_alone(cache):
         (folder / "t10k-labels-idx1-ubyte").write_bytes(b"damaged")
         with pytest.raises(FileNotFoundError, match=r"t10k-labels-idx1-ubyte \(is corrupt: its md5"):
             load("mnist", download=False)
-        assert files.locate("mnist", mirrors=[url]).origin.startswith("downloaded")
+        with pytest.warns(UserWarning, match=r"corrupt in the cache.*replaced .*t10k-labels-idx1-ubyte$") as caught:
+            assert files.locate("mnist", mirrors=[url]).origin.startswith("downloaded")
+        assert len(caught) == 1 and "train-images" not in str(caught[0].message)
         assert [path.rsplit("/", 1)[1] for path in asked[2:]] == ["t10k-labels-idx1-ubyte.gz"]
     assert (folder / "t10k-labels-idx1-ubyte").read_bytes() == FILES["t10k-labels-idx1-ubyte"]
+
+
+def test_a_corrupt_cached_file_is_named_when_all_mirrors_fail(cache):
+    with serve(packed(FILES)) as (url, _):
+        folder = files.locate("mnist", mirrors=[url]).folder
+    path = folder / "t10k-labels-idx1-ubyte"
+    path.write_bytes(b"damaged")
+    with serve({}) as (bad, _), pytest.raises(OSError, match=r"404.*corrupt in the cache: ") as caught:
+        files.locate("mnist", mirrors=[bad])
+    assert f"{path}." in str(caught.value) and "train-images" not in str(caught.value)
+    assert path.read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize(
+    "error", [ssl.SSLError(1, "record layer failure"), OSError(errno.EHOSTUNREACH, "No route to host")], ids=str
+)
+def test_an_error_while_reading_is_passed_over(cache, monkeypatch, error):
+    read = HTTPResponse.read
+
+    with serve(packed(FILES)) as (bad, asked), serve(packed(FILES)) as (good, _):
+
+        def broken(self: HTTPResponse, *arguments: int) -> bytes:
+            if self.url.startswith(bad):
+                raise error
+            return read(self, *arguments)
+
+        monkeypatch.setattr(HTTPResponse, "read", broken)
+        assert files.locate("mnist", mirrors=[bad, good]).origin == f"downloaded from {good}"
+        assert len(asked) == len(FILES)
+
+
+LIMIT = 16_000
+
+
+@pytest.mark.parametrize("kind", ["announced", "endless", "bomb", "tar bomb"])
+def test_what_is_too_large_is_passed_over_unread(cache, monkeypatch, kind):
+    monkeypatch.setattr(files, "MAX_BYTES", {"mnist": LIMIT, "cifar10": LIMIT})
+    monkeypatch.setattr(files, "CHUNK", 1000)
+    name, right = ("cifar10", archive(BATCHES)) if kind == "tar bomb" else ("mnist", packed(FILES))
+    bomb = gzip.compress(bytes(100 * LIMIT))
+    assert len(bomb) < LIMIT
+    pages = dict.fromkeys(right, bomb if "bomb" in kind else bytes(LIMIT + 1))
+    why = {"announced": "announced", "endless": "download .* got more"}.get(kind, "unpacked file .* got more")
+    with serve(pages, endless=kind == "endless") as (bad, _), serve(right) as (good, _):
+        with pytest.raises(OSError, match=rf"at most {LIMIT} bytes, .*{why}" if kind == "announced" else why):
+            files.locate(name, mirrors=[bad])
+        assert files.locate(name, mirrors=[bad, good]).origin == f"downloaded from {good}"
+
+
+def test_a_member_that_is_no_plain_file_is_refused(cache):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        for name in BATCHES:
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.type, member.linkname = tarfile.SYMTYPE, name  # points at itself
+            tar.addfile(member)
+    with (
+        serve({"cifar-10-python.tar.gz": stream.getvalue()}) as (url, _),
+        pytest.raises(OSError, match="missing: data_batch_1"),
+    ):
+        files.locate("cifar10", mirrors=[url])
 
 
 def test_a_cache_that_cannot_be_made_is_told(tmp_path, monkeypatch):

@@ -7,7 +7,10 @@ import gzip
 import hashlib
 import os
 import pickle
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +171,7 @@ def test_half_a_data_set_is_told_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("byte_keys", [False, True])
-@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_cifar10_pickles_of_any_age(tmp_path, protocol, byte_keys):
     write_cifar(tmp_path, protocol=protocol, byte_keys=byte_keys)
     data = load("cifar10", root=tmp_path)
@@ -233,6 +236,78 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, call, protocol):
         assert mark.exists()
 
 
+UINT8_STATE = b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00t"
+WIDE_STATE = b"(K\x03U\x01|NNNM\x00\x10K\x01K\x00t"  # an item size of 4096
+
+
+def dtype(code: bytes, state: bytes) -> bytes:
+    """A dtype with that state, kept as number 0."""
+    return b"cnumpy\ndtype\n(U" + bytes([len(code)]) + code + b"\x89\x88tR" + b"q\x00" + state + b"b0"
+
+
+BYTES = b"c_codecs\nencode\n(X\x00\x10\x00\x00" + b"A" * 4096 + b"X\x06\x00\x00\x00latin1tR"
+EMPTY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+HEAP_ATTACKS = {
+    # numpy.ndarray(4, d) whose item size becomes 4096 after the memory was taken; then a[0] = 4096 bytes.
+    "wide": (
+        b"\x80\x02cnumpy\ndtype\n(U\x02V8\x89\x88tRq\x00cnumpy\nndarray\n(K\x04h\x00tRq\x01h\x00"
+        + WIDE_STATE
+        + b"b0K\x00"
+        + BYTES
+        + b"s.",
+        "refused an array of type 'V8'",
+    ),
+    "state": (b"\x80\x02" + dtype(b"u1", WIDE_STATE) + b"N.", "refused a state of dtype"),
+    "shape": (
+        b"\x80\x02" + dtype(b"u1", UINT8_STATE) + b"cnumpy\nndarray\n(K\x04h\x00tR.",
+        "refused to make an array without",
+    ),
+    "short": (
+        b"\x80\x02" + dtype(b"u1", UINT8_STATE) + EMPTY + b"(K\x01J\x00\x00\x00\x10\x85h\x00\x89U\x01xtb.",
+        r"refused an array of shape \[268435456\] with 1 bytes",
+    ),
+    "item": (b"\x80\x02" + EMPTY + b"K\x00" + BYTES + b"s.", "TypeError: .* item assignment"),
+    "function": (b"\x80\x02c_codecs\nencode\n}b.", "refused to change a function"),
+    "codec": (
+        b"\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.",
+        "refused to encode with 'rot13'",
+    ),
+}
+
+
+def test_a_pickle_that_writes_past_an_array_is_refused(tmp_path):
+    """In a process of its own: NumPy's own types would let some of these end it with SIGSEGV."""
+    for name, (content, _) in HEAP_ATTACKS.items():
+        (tmp_path / name).write_bytes(content)
+    code = (
+        "import sys; from pathlib import Path; from curvlab.data.formats import read_batch\n"
+        "for path in map(Path, sys.argv[1:]):\n"
+        "    try: read_batch(path)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    paths = [str(tmp_path / name) for name in HEAP_ATTACKS]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(paths)
+    for line, path, (_, why) in zip(lines, paths, HEAP_ATTACKS.values(), strict=True):
+        assert re.match(rf"load: {re.escape(path)} must be a CIFAR-10 batch .*{why}", line), line
+
+
+def test_cifar10_files_may_be_packed(tmp_path):
+    folder = write_cifar(tmp_path)
+    expected = load("cifar10", root=tmp_path).fingerprint
+    for path in list(folder.iterdir())[::2]:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert load("cifar10", root=tmp_path).fingerprint == expected
+    (folder / "test_batch").unlink(missing_ok=True)
+    (folder / "test_batch.gz").write_bytes(gzip.compress(b"x" * 999)[:-9])
+    with pytest.raises(ValueError, match=r"test_batch.gz must be a whole gzip file"):
+        load("cifar10", root=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
@@ -241,7 +316,11 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, call, protocol):
         (b"PK\x03\x04 a zip file", "corrupt, truncated or foreign"),
         (pickle.dumps([1]), "must hold a dict, got list"),
         (pickle.dumps({"data": 1}), "labels missing"),
-        (pickle.dumps(batch(0, data=np.zeros((4, 3072)))), r"uint8 \[n, 3072\], got float64 \[4, 3072\]"),
+        (pickle.dumps(batch(0, data=np.zeros((4, 3072)))), "refused an array of type 'f8': only 'u1'"),
+        (pickle.dumps(batch(0, data=np.asfortranarray(batch(0)["data"])), protocol=2), "refused an array in Fortran"),
+        (pickle.dumps(batch(0, data=np.asfortranarray(batch(0)["data"])), protocol=5), "refused an array in order 'F'"),
+        (pickle.dumps(batch(0), protocol=2).replace(b"M\x00\x0c", b"M\x01\x0c"), r"shape \[4, 3073\] with 12288 bytes"),
+        (pickle.dumps(batch(0, data=7)), r"uint8 \[n, 3072\], got int"),
         (pickle.dumps(batch(0, data=np.zeros((4, 99), np.uint8))), r"got uint8 \[4, 99\]"),
         (pickle.dumps(batch(0, labels=[1, 2, 3])), "each of 4 images .* got 3"),
         (pickle.dumps(batch(0, labels=[1, 2, 3, 11])), "labels 0..9, got 11"),
