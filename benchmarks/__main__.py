@@ -55,8 +55,8 @@ def print_table(title: str, rows: list[dict[str, Any]], *, settings: str) -> Non
         )
         last = row["case"]
     Console(width=None if sys.stdout.isatty() else 150).print(table)
-    for name, limit in {row["case"]: row["limit"] for row in rows if row["limit"]}.items():
-        print(f"limit of '{name}': {limit}")
+    for limit in sorted({row["limit"] for row in rows if row["limit"]}):
+        print(f"limit: {limit}")
     for name, note in {row["case"]: row["note"] for row in rows if row["note"]}.items():
         print(f"note on '{name}': {note}")
 
