@@ -19,6 +19,7 @@ import torch
 
 import curvlab
 from curvlab import ops
+from curvlab.runs.environment import cpu_model
 
 ALLOCATOR_VARIABLES = (
     "LD_PRELOAD",
@@ -30,14 +31,6 @@ ALLOCATOR_VARIABLES = (
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
 PACKAGES = ("numpy", "scipy", "matplotlib", "pyarrow", "safetensors", "scikit-learn", "tyro")
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    except OSError:
-        return platform.processor() or "unknown"
 
 
 def _version_of(package: str) -> str:
@@ -81,7 +74,7 @@ def collect() -> dict[str, dict[str, Any]]:
             "CUDA module": ops.cuda_status(),
         },
         "machine": {
-            "CPU": _cpu_model(),
+            "CPU": cpu_model(),
             "CPU capability in use": ops.cpu_capability(),
             "GPU": "; ".join(_gpus()) or "none",
         },

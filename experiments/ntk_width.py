@@ -452,6 +452,16 @@ def notes(rows: Sequence[Row], config: Config) -> list[str]:
         "Groups of one seed have intervals under the assumption that all widths share one relative spread.",
         f"NTK arms: lr {config.lr_ntk:g} (the parametrization divides gradients by √(3 fan_in)), all else as written.",
     ]
+    ends = []
+    for name, scaling in arms_of(rows, config).items():
+        losses = [scaling.geometric_mean("train_loss", width) for width in scaling.groups("train_loss")]
+        if len(losses) > 1 and losses[0] and losses[-1]:
+            ends.append(f"{name} {losses[0].value:.2g} → {losses[-1].value:.2g}")
+    if ends:
+        found.append(
+            f"Last training loss, narrowest → widest: {', '.join(ends)}. At one learning rate networks of different "
+            "width train differently far, and what they drift is confounded with that."
+        )
     if growth:
         first, last = min(growth), max(growth)
         found.append(
