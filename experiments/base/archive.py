@@ -283,10 +283,16 @@ def make_manifest(
         config=canonical(config),
         runs=tuple(run.name for run in runs),
         data={"source": source, "published": data.published, "fingerprint": data.fingerprint},
-        environment=done[-1]["environment"],
+        environment=_environment([one["environment"] for one in done]),
         protocol=study.PROTOCOL,
         wall_seconds=sum(one["wall_seconds"] for one in done),
     )
+
+
+def _environment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last unit's; says so where others ran elsewhere or by other code."""
+    others = sum(one != found[-1] for one in found)
+    return {**found[-1], **({"other units": f"{others} of {len(found)} ran in another one"} if others else {})}
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

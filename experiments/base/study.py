@@ -8,8 +8,10 @@ A study is one file ``experiments/<name>.py``. Its docstring begins with a title
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import re
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +124,18 @@ class Tools:
         """Facts of this process: beside the results, never in a run's name."""
         words = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         packages = {"torch": str(torch.__version__)}
-        return capture_environment(packages, threads=torch.get_num_threads(), device=words)
+        return capture_environment(packages, threads=torch.get_num_threads(), device=words, commit=code_revision())
+
+
+@functools.cache
+def code_revision() -> str | None:
+    """Commit of the checkout, with ``-dirty`` where files differ from it; None where git does not know it."""
+    asked = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() or None if told.returncode == 0 else None
 
 
 def choose_device(wish: str) -> torch.device:

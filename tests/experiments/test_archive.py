@@ -81,6 +81,7 @@ def test_a_damaged_committed_file_is_named(results: Path, tmp_path: Path) -> Non
 
 def test_committed_results_verify() -> None:
     committed = [path.parent.name for path in (FOLDER / "results").glob("*/verdicts.json")]
+    assert "ntk_width" in committed
     for name in committed:
         found = archive.verify(name, RunStore(FOLDER / "no such folder"))
         assert found.compared > 0 and found.changes == ()
