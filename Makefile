@@ -41,12 +41,13 @@ $(VENV)/.study: $(SOURCES) | $(VENV)/.torch
 
 $(VENV)/.test: $(VENV)/.study
 	$(SAY) "installing what the tests need"
-	@$(PIP) install '.[test]'
+	@# the curvlab that is installed satisfies it: only the extra's packages are fetched, nothing is compiled again
+	@$(PIP) install 'curvlab[test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
 	$(SAY) "installing what development needs"
-	@$(PIP) install '.[dev]'
+	@$(PIP) install 'curvlab[dev]'
 	@touch $@
 
 demo: $(VENV)/.study ## set everything up, run the main job on handwritten digits, print where the report lies
