@@ -10,6 +10,7 @@ Nothing here has a derivative: a backward pass through a result raises, it never
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,6 +99,18 @@ class ParameterNorms:
     def cosine(self) -> Tensor:
         """<x, r> / (||x|| ||r||); NaN where x or r is zero or empty."""
         return self.inner / (self.l2 * self.reference_l2)
+
+    def __str__(self) -> str:
+        """A line a tensor and one for the total; columns that hold no number are left out. Waits for the device."""
+        rows = self.table.detach().reshape(-1, self.table.shape[-1]).tolist()
+        labels = [*self.names, "total"] if self.table.dim() == 2 else list(self.names)
+        columns = range(len(ops.COLUMNS))
+        shown = [c for c in columns if not all(math.isnan(row[c]) for row in rows)]
+        width = max(map(len, labels))
+        lines = [" " * width + "".join(f"{ops.COLUMNS[c]:>14}" for c in shown)]
+        for label, row in zip(labels, rows, strict=True):
+            lines.append(f"{label:<{width}}" + "".join(f"{row[c]:>14.6g}" for c in shown))
+        return "\n".join(lines)
 
 
 def _named_after(function: str, error: Exception, op: str = "multi_tensor_norms") -> Exception:

@@ -146,3 +146,18 @@ def test_table_follows_its_tensors() -> None:
 def test_public_names() -> None:
     for name in ("parameter_norms", "NormTable", "total_norm", "filter_norms", "NormRecorder", "ParameterNorms"):
         assert getattr(curvlab, name) is getattr(curvlab.norms, name)
+
+
+def test_printing_shows_a_line_a_tensor_and_the_total() -> None:
+    weights = {"weight": torch.tensor([3.0, -4.0]), "bias": torch.zeros(2)}
+    alone, against = (
+        str(parameter_norms(weights)),
+        str(parameter_norms(weights, {k: v + 1 for k, v in weights.items()})),
+    )
+    head, weight, bias, total = alone.splitlines()
+    assert head.split() == ["l1", "l2", "linf", "nonzeros"]  # no reference: no columns of NaN
+    assert weight.split() == ["weight", "7", "5", "4", "2"]
+    assert bias.split() == ["bias", "0", "0", "0", "0"]
+    assert total.split() == ["total", "7", "5", "4", "2"]
+    assert against.splitlines()[0].split()[4:] == ["distance", "inner", "reference_l2"]
+    assert str(parameter_norms(weights).total).splitlines()[1].split()[0] == "total"
