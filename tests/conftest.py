@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +14,15 @@ try:
     import curvlab
 except ImportError as error:
     sys.exit(str(error))  # pytest.exit would show the traceback of this import around the one line
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that two threads mostly wait for each other on a shared machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_report_header() -> str:

@@ -27,7 +27,6 @@ from curvlab.runs.estimates import Estimate, geometric_mean_interval, mean_inter
 from curvlab.runs.journal import atomic_save, atomic_write
 from curvlab.runs.slopes import LogLogFit
 from curvlab.runs.svg import INK, standalone_svg, themed_svg
-from curvlab.runs.tables import format_number
 
 SERIES = ("#2b7bcb", "#d55e00", "#008f6b", "#b0569b", "#8a7400", "#5f7485")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -245,8 +244,3 @@ def add_legend(axes: Axes, **options: Any) -> None:
     """The legend, without a frame, where it covers least unless ``loc`` says otherwise."""
     with matplotlib.rc_context(STYLE):
         axes.legend(**{"loc": "best", "handlelength": 1.8, "borderaxespad": 0.2, **options})
-
-
-def format_tick(value: float) -> str:
-    """A number as the tables write it, for annotations."""
-    return format_number(value, 3)

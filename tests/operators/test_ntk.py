@@ -15,6 +15,8 @@ from curvlab.models import CNN, MLP, NTKLinear
 from curvlab.operators import layer_kernels
 from curvlab.operators.ntk import empirical_ntk, kernel_drift, linearization_error, linearized_outputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
 
 

@@ -8,6 +8,8 @@ import torch
 
 from curvlab.operators.params import flatten, num_elements, unflatten
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(2, 3), (), (4,), (0, 5), (1, 2, 2)]
 
 

@@ -19,6 +19,8 @@ from curvlab.training import CheckpointFile, Recipe, generator, train_group
 from tests.training import samples
 from tests.training.samples import RECIPE, Watcher, dataset, distance, equal, networks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Stop(Exception):
     """Ends a run in the middle."""

@@ -15,6 +15,8 @@ from curvlab.data import Dataset
 from curvlab.models import MLP
 from curvlab.training import CheckpointFile, Recipe, evaluate, generator, train, train_group
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = Recipe(epochs=2, batch_size=16, lr=0.1)
 
 

@@ -19,6 +19,8 @@ from curvlab.training.loop import PlainEngine, drive
 from curvlab.training.stacked import Stack
 from tests.training.samples import RECIPE, Watcher, dataset, distance, equal, networks, written_out
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_train_is_the_loop_written_out():
     data = dataset()

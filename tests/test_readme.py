@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of the README are those of the committed rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMITTED = json.loads((ROOT / "experiments" / "results" / "ntk_width" / "verdicts.json").read_text())
+VERDICTS = {claim["id"]: claim for claim in COMMITTED["claims"]}
+DECIMALS = {"ratio": 2, "slope": 3, "means": 1, "accuracy": 1, "lazier": 2, "regime": 3}
+
+
+def rows(name: str) -> list[dict]:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+@pytest.mark.parametrize(("claim", "decimals"), DECIMALS.items())
+def test_verdicts(claim: str, decimals: int) -> None:
+    measured = VERDICTS[claim]["measured"]
+    value, low, high = (f"{measured[key]:.{decimals}f}".replace("-", "−") for key in ("value", "low", "high"))
+    line = next(line for line in README.splitlines() if f"[{low}, {high}], n=" in line)
+    assert f"{value} " in line
+    assert VERDICTS[claim]["verdict"] in line
+
+
+def test_norms_benchmark() -> None:
+    first = {row["case"]: row for row in reversed(rows("norms-1-thread.json"))}  # of several peers the first
+    shown = [row for case, row in first.items() if "recorder" not in case]
+    lines = [line for line in README.splitlines() if line.count("|") == 6 and "×**" in line]
+    assert len(lines) == 7
+    for line in lines:
+        assert any(f"**{row['ratio']:.0f}×**" in line or f"**{row['ratio']:.2f}×**" in line for row in shown), line
+    recorder = next(row for case, row in first.items() if "recorder" in case)
+    assert f"{100 / recorder['ratio']:.2f} % of the step" in README
+
+
+def test_training_benchmark() -> None:
+    fused = [row["wall_ratio"] for row in rows("training-2-threads.json") if "fused" in row["peer"]]
+    assert "| plain loop / curvlab | " + " | ".join(f"{ratio:.2f}" for ratio in fused) + " |" in README
