@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: the loop, groups of networks trained together, checkpoints, seeds."""
+"""Training: the loop, groups of networks trained together, stages that studies share, checkpoints, seeds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from curvlab.training.checkpoint import CheckpointFile
 from curvlab.training.grouped import train_group
 from curvlab.training.loop import GroupResult, Recipe, TrainResult, evaluate, train
 from curvlab.training.seeding import generator
+from curvlab.training.stages import Network, Samples, Trained, TrainStage, open_stage, train_or_load
 
 __all__ = [
     "CheckpointFile",
     "GroupResult",
+    "Network",
     "Recipe",
+    "Samples",
     "TrainResult",
+    "TrainStage",
     "TrainState",
+    "Trained",
     "evaluate",
     "generator",
+    "open_stage",
     "train",
     "train_group",
+    "train_or_load",
 ]

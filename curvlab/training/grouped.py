@@ -222,7 +222,7 @@ def train_group(
             networks).  After a refusal the models are as they came, with their own storage.
     """
     check_inputs("train_group", models, data, seeds)
-    stack_size, _ = choose_engine(models)
+    stack_size = choose_engine(models)[0] if recipe.optimizer == "sgd" else 0
     engine: Engine
     if stack_size:
         mlps = cast("Sequence[MLP]", models)

@@ -4,9 +4,10 @@
     v <- momentum v + g,   theta <- theta - lr_e v,   g = gradient of the batch-mean cross-entropy
     lr_e = lr/2 (1 + cos(pi e / epochs)),  e = 0 .. epochs-1      (schedule "cosine"; "constant": lr_e = lr)
 
-No dampening, no Nesterov, no weight decay; every epoch is a fresh permutation drawn from the stream "order" of the
-seed, and the last partial batch is kept.  ``drive`` runs epochs, rows, checkpoints and callbacks for any engine;
-:class:`PlainEngine` is the reference (autograd and ``torch.optim.SGD``), ``grouped.py`` holds the fast one.
+Adam and SAM (``optimizers.py``) take its place where the recipe asks for them.  No dampening, no Nesterov, no weight
+decay; every epoch is a fresh permutation drawn from the stream "order" of the seed, and the last partial batch is kept.
+``drive`` runs epochs, rows, checkpoints and callbacks for any engine; :class:`PlainEngine` is the reference (autograd
+and ``torch.optim``), ``grouped.py`` holds the fast one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from curvlab.data import Dataset
 from curvlab.training import seeding
 from curvlab.training.callbacks import Callbacks, CallbackSource, TrainState
 from curvlab.training.checkpoint import CheckpointFile
+from curvlab.training.optimizers import make_step
 from curvlab.training.recipe import GroupResult, Recipe, TrainResult
 
 __all__ = ["GroupResult", "PlainEngine", "Recipe", "TrainResult", "drive", "evaluate", "train"]
@@ -87,7 +89,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 2048) 
 
 
 class PlainEngine:
-    """Autograd and ``torch.optim.SGD``, one network after the other: any model, and the reference."""
+    """Autograd and ``torch.optim``, one network after the other: any model, and the reference."""
 
     def __init__(self, models: Sequence[nn.Module], data: Dataset, recipe: Recipe, *, seeds: Sequence[int]) -> None:
         self.name = "one-by-one"
@@ -96,10 +98,7 @@ class PlainEngine:
             TrainState(model, list(model.parameters()), seed, index)
             for index, (model, seed) in enumerate(zip(models, seeds, strict=True))
         ]
-        # fused: one pass over parameter, momentum and gradient (foreach makes three); CPU and CUDA both have it.
-        self.optimizers = [
-            torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, fused=True) for model in models
-        ]
+        self.steps = [make_step(model, recipe) for model in models]
 
     def epoch(self, orders: Tensor, lr: float, on_step: Callable[[TrainState], None] | None) -> tuple[Tensor, Tensor]:
         """One epoch of every network; see :class:`Engine`."""
@@ -109,20 +108,15 @@ class PlainEngine:
     def _epoch_of(
         self, state: TrainState, order: Tensor, lr: float, on_step: Callable[[TrainState], None] | None
     ) -> tuple[Tensor, Tensor]:
-        x, y, optimizer = self.data.train_x, self.data.train_y, self.optimizers[state.index]
+        x, y, update = self.data.train_x, self.data.train_y, self.steps[state.index]
         loss_sum = torch.zeros((), dtype=torch.float64, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
-        optimizer.param_groups[0]["lr"] = lr
         state.model.train()
         for rows in order.split(self.recipe.batch_size):
-            images, labels = x[rows], y[rows]
-            logits = state.model(images)
-            loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            labels = y[rows]
+            loss, logits = update(x[rows], labels, lr)
             with torch.no_grad():
-                loss_sum += loss.detach() * len(rows)
+                loss_sum += loss * len(rows)
                 correct += (logits.argmax(1) == labels).sum()
             state.step += 1
             state.lr = lr
@@ -131,16 +125,13 @@ class PlainEngine:
         return loss_sum, correct
 
     def tensors(self) -> dict[str, Tensor]:
-        """Model state, momentum buffers, and the global random state (dropout draws from it)."""
+        """Model state, optimizer state, and the global random state (dropout draws from it)."""
         out: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
         if self.data.train_x.is_cuda:
             out["rng.cuda"] = torch.cuda.get_rng_state(self.data.train_x.device)
-        for s, (state, optimizer) in enumerate(zip(self.states, self.optimizers, strict=True)):
+        for s, (state, step) in enumerate(zip(self.states, self.steps, strict=True)):
             out.update({f"{s}.model.{name}": value for name, value in state.model.state_dict().items()})
-            for i, param in enumerate(state.params):
-                buffer = optimizer.state[param].get("momentum_buffer")
-                if buffer is not None:
-                    out[f"{s}.momentum.{i}"] = buffer
+            out.update({f"{s}.optimizer.{name}": value for name, value in step.tensors().items()})
         return out
 
     def load_tensors(self, saved: dict[str, Tensor]) -> None:
@@ -148,17 +139,14 @@ class PlainEngine:
         torch.set_rng_state(saved["rng.cpu"])
         if self.data.train_x.is_cuda and "rng.cuda" in saved:
             torch.cuda.set_rng_state(saved["rng.cuda"], self.data.train_x.device)
-        for s, (state, optimizer) in enumerate(zip(self.states, self.optimizers, strict=True)):
-            prefix = f"{s}.model."
-            state.model.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
-            for i, param in enumerate(state.params):
-                if f"{s}.momentum.{i}" in saved:
-                    optimizer.state[param]["momentum_buffer"] = saved[f"{s}.momentum.{i}"].to(param.device).clone()
+        for s, (state, step) in enumerate(zip(self.states, self.steps, strict=True)):
+            for prefix, load in ((f"{s}.model.", state.model.load_state_dict), (f"{s}.optimizer.", step.load_tensors)):
+                load({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
 
     def finish(self) -> None:
         """Drop the last gradients: they would keep a second copy of the network alive."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for step in self.steps:
+            step.optimizer.zero_grad(set_to_none=True)
 
 
 def train(

@@ -14,9 +14,18 @@ __all__ = ["GroupResult", "Recipe", "TrainResult"]
 class Recipe:
     """How to train: everything that changes the result besides network, data and seed.
 
+    Attributes:
+        epochs: passes over the training samples.
+        batch_size: samples an update; the number of training samples or more makes it full-batch.
+        lr: learning rate of the first epoch.
+        momentum: of "sgd" and of the step that "sam" takes; "adam" ignores it (beta = 0.9, 0.999, epsilon = 1e-8).
+        schedule: of the learning rate, epoch by epoch.
+        optimizer: "sgd", "adam" (Kingma & Ba 2015) or "sam" (Foret et al. 2021, momentum SGD beneath).
+        rho: radius of the ascent step of "sam", in units of theta.
+
     Raises:
-        ValueError: epochs or batch_size below one, lr not positive and finite, momentum outside [0, 1), an unknown
-            schedule.
+        ValueError: epochs or batch_size below one, lr or rho not positive and finite, momentum outside [0, 1), an
+            unknown schedule or optimizer.
     """
 
     epochs: int
@@ -24,6 +33,8 @@ class Recipe:
     lr: float
     momentum: float = 0.9
     schedule: Literal["cosine", "constant"] = "cosine"
+    optimizer: Literal["sgd", "adam", "sam"] = "sgd"
+    rho: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -36,6 +47,10 @@ class Recipe:
             raise ValueError(f"Recipe: momentum must be in [0, 1), got {self.momentum!r}")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"Recipe: schedule must be 'cosine' or 'constant', got {self.schedule!r}")
+        if self.optimizer not in ("sgd", "adam", "sam"):
+            raise ValueError(f"Recipe: optimizer must be 'sgd', 'adam' or 'sam', got {self.optimizer!r}")
+        if not (math.isfinite(self.rho) and self.rho > 0):
+            raise ValueError(f"Recipe: rho must be positive and finite, got {self.rho!r}")
 
     def learning_rate(self, epoch: int) -> float:
         """Lr of epoch e = 0 .. epochs-1 (``CosineAnnealingLR`` stepped once an epoch, to 0 after the last)."""
