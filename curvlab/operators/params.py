@@ -8,12 +8,13 @@ row-major order, one after the other.  With a leading direction index the lists 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["flatten", "num_elements", "unflatten"]
+__all__ = ["flatten", "num_elements", "select_names", "unflatten"]
 
 
 def num_elements(params: Iterable[Tensor]) -> int:
@@ -64,3 +65,39 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     if vector.ndim == 1:
         return [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
     return [piece.T.reshape(vector.shape[1], *tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+def select_names(
+    model: nn.Module, selection: str | Iterable[str] | Callable[[str, Tensor], bool] | None, owner: str
+) -> list[str]:
+    """Names of the chosen parameters, in the order of ``model.named_parameters()``, each parameter once.
+
+    Args:
+        model: whose parameters.
+        selection: names or glob patterns (any of a shared parameter's names will do), a predicate
+            ``(name, parameter) -> bool``, or None for all that require a gradient.
+        owner: function named in errors.
+
+    Raises:
+        ValueError: nothing is chosen, or a pattern matches no name.
+    """
+    params = dict(model.named_parameters())
+    if selection is None:
+        chosen = {name for name, param in params.items() if param.requires_grad}
+    elif callable(selection):
+        chosen = {name for name, param in params.items() if selection(name, param)}
+    else:
+        first_name = {id(param): name for name, param in params.items()}
+        every = [(name, first_name[id(param)]) for name, param in model.named_parameters(remove_duplicate=False)]
+        chosen = set()
+        for pattern in [selection] if isinstance(selection, str) else selection:
+            found = {first for name, first in every if name == pattern or fnmatchcase(name, pattern)}
+            if not found:
+                raise ValueError(
+                    f"{owner}: params must name parameters of the model (say {list(params)[:4]}), got {pattern!r}, "
+                    "which matches none"
+                )
+            chosen |= found
+    if not chosen:
+        raise ValueError(f"{owner}: params must choose at least one parameter of the model, got none")
+    return [name for name in params if name in chosen]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which mode a network is looked at: evaluation, BatchNorm as declared, attention by its math path, no randomness."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["BatchNormMode", "batch_norms", "frozen_statistics", "math_attention", "private_copy", "watch_attention"]
+
+BatchNormMode = Literal["eval", "frozen", "batch"]
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Name -> BatchNorm layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def private_copy(model: nn.Module, batch_norm: BatchNormMode) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    """``(copy, parameters, buffers)``: a copy in evaluation mode whose tensors are detached clones of the model's.
+
+    BatchNorm layers of the copy say their mode by their own attributes: "eval" and "frozen" normalize by
+    ``running_mean`` and ``running_var`` (which "frozen" replaces batch by batch), "batch" is in training mode without
+    running statistics, so that no pass moves any.
+
+    Raises:
+        ValueError: an unknown mode, or "eval" with a layer that has no running statistics.
+    """
+    if batch_norm not in get_args(BatchNormMode):
+        raise ValueError(f"Problem: batch_norm must be 'eval', 'frozen' or 'batch', got {batch_norm!r}")
+    # deepcopy refuses tensors that are no leaves (weights of old-style parametrizations) and copies all others: the
+    # memo hands it our clones, so that shared tensors stay shared and the copy owns no second set of values.
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        memo[id(param)] = nn.Parameter(param.detach().clone(), requires_grad=param.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().clone()
+    copied = copy.deepcopy(model, memo).eval()
+    for name, layer in batch_norms(copied).items():
+        if batch_norm == "batch":
+            layer.train()
+            layer.track_running_stats = False
+        elif layer.running_mean is None and batch_norm == "eval":
+            raise ValueError(
+                f"Problem: batch_norm must be 'frozen' or 'batch' for {name} ({type(layer).__name__}), which has no "
+                "running statistics, got 'eval'"
+            )
+        elif layer.running_mean is None:
+            like = next(copied.parameters())
+            layer.running_mean = torch.zeros(layer.num_features, dtype=like.dtype, device=like.device)
+            layer.running_var = torch.ones_like(layer.running_mean)
+    params = {name: param.detach() for name, param in copied.named_parameters()}
+    return copied, params, dict(copied.named_buffers())
+
+
+def frozen_statistics(model: nn.Module, call: Callable[[], Any]) -> dict[str, Tensor]:
+    """Buffer name -> mean or (biased) variance that each BatchNorm of ``model`` sees while ``call`` runs it.
+
+    During the call the layers normalize by their batch, so that each sees what training would show it.
+
+    Raises:
+        ValueError: a layer that is run twice in one pass has two statistics and no place for the second.
+    """
+    found: dict[str, Tensor] = {}
+    layers = batch_norms(model)
+
+    def record(name: str, layer: nn.modules.batchnorm._BatchNorm) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if f"{name}.running_mean" in found:
+                raise ValueError(f"Problem: batch_norm must be 'eval' or 'batch' for {name}, which is run twice")
+            axes = [axis for axis in range(args[0].ndim) if axis != 1]
+            variance, mean = torch.var_mean(args[0], axes, correction=0)
+            found[f"{name}.running_mean"], found[f"{name}.running_var"] = mean, variance
+
+        return hook
+
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(record(name, layer)))
+            layer.training, layer.track_running_stats = True, False
+        with torch.no_grad():
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers.values():
+            layer.training, layer.track_running_stats = False, True
+    return found
+
+
+@contextlib.contextmanager
+def math_attention() -> Iterator[None]:
+    """Scaled-dot-product attention by its math path: the fused ones have no second derivative."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Whether ``F.scaled_dot_product_attention`` was called."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= func is functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def watch_attention(owner: str) -> Iterator[None]:
+    """Warn once that attention takes the math path, if the calls inside use scaled-dot-product attention."""
+    with _AttentionWatch() as watch:
+        yield
+    if watch.seen:
+        warnings.warn(
+            f"{owner}: scaled_dot_product_attention runs by its math path, which has second derivatives: more memory "
+            "than the fused paths, the same function to rounding",
+            stacklevel=4,
+        )
