@@ -109,10 +109,10 @@ def test_damaged_and_missing_weights_are_named(digits: Dataset, tmp_path: Path) 
     path = train_or_load(store, STAGE, digits).run.path / "weights.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(RunStoreError, match="weights.safetensors is not what"):
+    with pytest.raises(RunStoreError, match=r"weights\.safetensors is not what"):
         train_or_load(store, STAGE, digits)
     path.unlink()
-    with pytest.raises(RunStoreError, match="weights.safetensors cannot be read"):
+    with pytest.raises(RunStoreError, match=r"weights\.safetensors cannot be read"):
         train_or_load(store, STAGE, digits)
     shutil.rmtree(path.parent)
     assert not train_or_load(store, STAGE, digits).loaded
