@@ -88,8 +88,11 @@ def test_resumed_runs_end_with_the_same_bits_in_any_memory_format(recipe: Recipe
         pass
 
     class Interrupt:
+        def __init__(self, epoch: int) -> None:
+            self.epoch = epoch
+
         def on_epoch(self, state) -> None:
-            if state.epoch == 3:
+            if state.epoch == self.epoch:
                 raise Stop
 
     data = dataset(150, torch.float32, features=(3, 8, 8))
@@ -97,8 +100,8 @@ def test_resumed_runs_end_with_the_same_bits_in_any_memory_format(recipe: Recipe
     train(whole, data, recipe, seed=0)
     file = CheckpointFile(tmp_path / "c.safetensors", every_seconds=0)
     with pytest.raises(Stop):
-        train(cut, data, recipe, seed=0, checkpoint=file, callbacks=[Interrupt()])
-    result = train(resumed, data, recipe, seed=0, checkpoint=file)
+        train(cut, data, recipe, seed=0, checkpoint=file, callbacks=[Interrupt(3)])
+    result = train(resumed, data, recipe, seed=0, checkpoint=file, callbacks=[Interrupt(99)])
     assert equal(whole, resumed) and result.history[-1]["epoch"] == recipe.epochs
 
 
