@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curvlab.data import Dataset
 from curvlab.runs.config import canonical
 from curvlab.runs.figures import Figure
 from curvlab.runs.journal import atomic_write, read_json
@@ -269,24 +270,31 @@ def make_manifest(
     *,
     study: StudyModule,
     runs: Sequence[Any],
-    data: Any,
+    data: Sequence[Dataset],
 ) -> Manifest:
-    """The manifest of runs that are all finished; ``data`` is their :class:`curvlab.data.Dataset`."""
+    """The manifest of runs that are all finished; ``data`` are their data sets, the configuration's own first."""
     done = [run.done for run in runs]
-    # "mnist from folder /home/...: the published bytes": the folder is nobody's business in a committed file.
-    where, _, verdict = data.source.rpartition(": ")
-    source = f"{data.name}: {verdict}" if where else data.source
     return Manifest(
         study=name,
         preset=preset,
         overrides=tuple(overrides),
         config=canonical(config),
         runs=tuple(run.name for run in runs),
-        data={"source": source, "published": data.published, "fingerprint": data.fingerprint},
+        data={
+            "source": "; ".join(map(_source, data)),
+            "published": all(one.published for one in data),
+            "fingerprint": "+".join(one.fingerprint for one in data),
+        },
         environment=_environment([one["environment"] for one in done]),
         protocol=study.PROTOCOL,
         wall_seconds=sum(one["wall_seconds"] for one in done),
     )
+
+
+def _source(data: Dataset) -> str:
+    """``mnist: the published bytes``: the folder in between is nobody's business in a committed file."""
+    where, _, verdict = data.source.rpartition(": ")
+    return f"{data.name}: {verdict}" if where else data.source
 
 
 def _environment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from experiments.base.study import (
     choose_device,
     configure,
     context_of,
+    dataset_names,
     description,
     load_study,
     study_names,
@@ -170,12 +172,14 @@ def run_study(command: Run, bare: Sequence[str], console: Console) -> int:
     tools = Tools(device=choose_device(command.device), data_root=command.data)
     try:
         tools.dataset(config.dataset, getattr(config, "num_train", None))
+        loaded = [tools.dataset(name) for name in dataset_names(config)]
     except (OSError, ValueError) as error:
         raise UsageError(f"the data of {command.name} cannot be had: {error}") from None
     if isinstance(command, Estimate):
         return forecast(study, config, tools, console)
     store = RunStore(command.out)
-    pairs = open_runs(study, command.name, config, store=store, context=context_of(study, config, tools))
+    context = partial(context_of, study, config, tools=tools)
+    pairs = open_runs(study, command.name, config, store=store, context=context)
     where = f"{tools.device.type}, {torch.get_num_threads()} threads"
     console.print(f"{command.name}, preset {command.preset}: {len(pairs)} units on {where}", markup=False)
     outcome = run_units(study, command.name, pairs, tools, console)
@@ -189,7 +193,7 @@ def run_study(command: Run, bare: Sequence[str], console: Console) -> int:
         config,
         study=study,
         runs=runs,
-        data=tools.dataset(config.dataset),
+        data=loaded,
     )
     archive.save_manifest(manifest, store, study)
     return _say_finished(study, manifest, store, console)

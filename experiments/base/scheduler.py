@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,10 +106,10 @@ class Board:
 
 
 def open_runs(
-    study: StudyModule, name: str, config: Any, *, store: RunStore, context: Mapping[str, str]
+    study: StudyModule, name: str, config: Any, *, store: RunStore, context: Callable[[Any], Mapping[str, str]]
 ) -> list[tuple[Any, Run]]:
-    """Every unit of the configuration with its run on disk."""
-    return [(unit, store.open(name, unit, context=context)) for unit in study.expand(config)]
+    """Every unit of the configuration with its run on disk; ``context`` says what names a unit's run besides it."""
+    return [(unit, store.open(name, unit, context=context(unit))) for unit in study.expand(config)]
 
 
 def run_units(

@@ -43,7 +43,8 @@ class StudyModule(Protocol):
     Attributes:
         __doc__: title, then ``Question:``, ``Source:``, ``Prediction:``.
         PROTOCOL: version of the study's code as far as it changes rows; raising it retires the runs made before.
-        Config: frozen dataclass with at least ``dataset: str`` and ``seeds: int``.
+        Config: frozen dataclass with at least ``dataset: str`` and ``seeds: int``; one of several data sets names the
+            others in ``datasets: tuple[str, ...]`` (a field or a property), and its units have a field ``dataset``.
         PRESETS: configurations by name, the cheapest first, the most faithful last.
     """
 
@@ -214,6 +215,15 @@ def description(study: Any) -> dict[str, str]:
     return found
 
 
-def context_of(study: StudyModule, config: Any, tools: Tools) -> dict[str, str]:
-    """What names a run besides its unit: the bytes of the data and the version of the study's protocol."""
-    return {"data": tools.dataset(config.dataset).fingerprint, "protocol": str(study.PROTOCOL)}
+def dataset_names(config: Any) -> tuple[str, ...]:
+    """All data sets of a configuration, ``config.dataset`` first: its ``datasets``, or that one alone."""
+    return tuple(dict.fromkeys((config.dataset, *getattr(config, "datasets", ()))))
+
+
+def context_of(study: StudyModule, config: Any, unit: Any, tools: Tools) -> dict[str, str]:
+    """What names a run besides its unit: the bytes of *its* data set and the version of the study's protocol.
+
+    A study of several data sets has units with a field ``dataset``; of the others all units share ``config.dataset``.
+    """
+    name = getattr(unit, "dataset", config.dataset)
+    return {"data": tools.dataset(name).fingerprint, "protocol": str(study.PROTOCOL)}
