@@ -31,6 +31,10 @@ def _check_alike(owner: str, a: LinearOperator, b: LinearOperator) -> None:
         raise ValueError(f"{owner}: operators must share dtype and device, got {a!r} and {b!r}")
 
 
+def _is_transpose(a: LinearOperator, b: LinearOperator) -> bool:
+    return isinstance(b, TransposedOperator) and b.base is a
+
+
 def _check_square(owner: str, a: LinearOperator) -> None:
     if a.shape[0] != a.shape[1]:
         raise ValueError(f"{owner}: the operator must be square, got [{a.shape[0]}, {a.shape[1]}]")
@@ -42,7 +46,7 @@ class TransposedOperator(LinearOperator):
     def __init__(self, base: LinearOperator) -> None:
         self.base = base
         layout = base.layout if base.shape[0] == base.shape[1] else None
-        super().__init__(base.shape[::-1], base.dtype, base.device, layout=layout)
+        super().__init__((base.shape[1], base.shape[0]), base.dtype, base.device, layout=layout)
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.base.apply_rows_transposed(rows)
@@ -109,10 +113,7 @@ class ProductOperator(LinearOperator):
         if a.shape[1] != b.shape[0]:
             raise ValueError(f"@: operators must be [M, P] and [P, Q], got {list(a.shape)} and {list(b.shape)}")
         self.left, self.right = a, b
-        gram = (isinstance(b, TransposedOperator) and b.base is a) or (
-            isinstance(a, TransposedOperator) and a.base is b
-        )
-        gram = gram or (a is b and a.is_symmetric)
+        gram = (a is b and a.is_symmetric) or _is_transpose(a, b) or _is_transpose(b, a)
         layout = b.layout if a.shape[0] == b.shape[1] else None
         super().__init__((a.shape[0], b.shape[1]), a.dtype, a.device, is_psd=gram, layout=layout)
 

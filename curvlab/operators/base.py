@@ -112,9 +112,7 @@ class LinearOperator:
 
     def _multiply_list(self, tensors: Sequence[Tensor]) -> list[Tensor] | Tensor:
         if self.layout is None:
-            raise ValueError(
-                f"{type(self).__name__}: V must be [P] or [P, K]: this matrix is not over a parameter list"
-            )
+            raise ValueError(f"{type(self).__name__}: V must be [P] or [P, K]: the matrix is not over a parameter list")
         shapes = list(self.layout.values())
         extra = {tensor.ndim - len(shape) for tensor, shape in zip(tensors, shapes, strict=False)}
         batched = extra == {1}
@@ -130,7 +128,7 @@ class LinearOperator:
         return unflatten(result, [torch.empty(shape, device="meta") for shape in shapes])
 
     @property
-    def T(self) -> LinearOperator:  # noqa: N802 - as in NumPy and PyTorch
+    def T(self) -> LinearOperator:
         """The transpose."""
         return self if self.is_symmetric else _algebra().TransposedOperator(self)
 

@@ -96,7 +96,7 @@ class OuterProductCurvature(OutputCurvature):
 
 
 class AutogradCurvature(OutputCurvature):
-    """The Hessian of any ``total(outputs, targets)`` in the outputs, by a kept gradient graph, direction by direction."""
+    """The Hessian of any ``total(outputs, targets)`` in the outputs, by a kept gradient graph."""
 
     def __init__(self, total: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor) -> None:
         self._total, self._targets = total, targets

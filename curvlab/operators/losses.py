@@ -63,7 +63,7 @@ class OutputLoss(Protocol):
         ...
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """d total / d outputs, shaped as the outputs."""
+        """Derivative of the total in the outputs, shaped as the outputs."""
         ...
 
     def curvature(
@@ -254,7 +254,7 @@ class CustomLoss:
 
     is_convex = False
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class CustomLoss:
         return float(targets.shape[0])
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """d total / d outputs by autograd."""
+        """Derivative of the total in the outputs, by autograd."""
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
             return torch.autograd.grad(self.total(leaf, targets), leaf)[0]
@@ -320,12 +320,13 @@ def as_loss(loss: Any) -> OutputLoss:
         )
     if type(loss) is nn.MSELoss:
         return SquaredError()
-    function, options = (loss.func, dict(loss.keywords)) if isinstance(loss, functools.partial) else (loss, {})
-    if not getattr(loss, "args", ()):
-        if function is functional.cross_entropy and options.keys() <= {"weight", "ignore_index", "label_smoothing"}:
-            return SoftmaxCrossEntropy(options.pop("weight", None), **options)
-        if function is functional.mse_loss and not options:
-            return SquaredError()
+    function, options = loss, {}
+    if isinstance(loss, functools.partial) and not loss.args:
+        function, options = loss.func, dict(loss.keywords)
+    if function is functional.cross_entropy and options.keys() <= {"weight", "ignore_index", "label_smoothing"}:
+        return SoftmaxCrossEntropy(options.pop("weight", None), **options)
+    if function is functional.mse_loss and not options:
+        return SquaredError()
     if not callable(loss):
         raise TypeError(f"as_loss: loss must be a PyTorch loss or a callable, got {type(loss).__name__}")
     return CustomLoss(loss)

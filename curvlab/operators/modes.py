@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which mode a network is looked at: evaluation, BatchNorm as declared, attention by its math path, no randomness."""
+"""The mode in which a network is looked at: evaluation, BatchNorm as declared, attention by its math path."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ class Problem:
 
     Raises:
         TypeError: data, loss or outputs of a kind that is not taken.
-        ValueError: no parameters chosen, a pattern that names none; parameters of several dtypes or devices; no samples;
-            a one-shot iterator; ``reduction`` against that of the loss module; BatchNorm without running statistics in
-            mode "eval".
+        ValueError: no parameters chosen, a pattern that names none; parameters of several dtypes or devices; no
+            samples; a one-shot iterator; ``reduction`` against that of the loss module; BatchNorm without running
+            statistics in mode "eval".
     """
 
     model: nn.Module
@@ -230,7 +230,7 @@ class Problem:
 
     def rows_to_params(self, rows: Tensor) -> dict[str, Tensor]:
         """Name -> ``[K, *shape]``, views of ``rows [K, P]``; from ``[P]``, ``[*shape]``."""
-        pieces = unflatten(rows.T, list(self.params.values()))
+        pieces = unflatten(rows.T if rows.ndim == 2 else rows, list(self.params.values()))
         return dict(zip(self.params, pieces, strict=True))
 
     def params_to_rows(self, params: Mapping[str, Tensor], *, batched: bool = True) -> Tensor:
