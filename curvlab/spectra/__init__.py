@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spectra of matrices that only multiply: eigenpairs with residuals, densities with bands, traces with errors.
+
+Solvers see :class:`curvlab.operators.base.LinearOperator` alone, through ``apply_rows``, shape, dtype and device. All
+randomness comes from a ``torch.Generator``; every estimate carries its error.
+"""
+
+from curvlab.spectra.slq import SpectralDensity, effective_dimension, log_determinant, slq_density
+from curvlab.spectra.top_eigenpairs import Eigenpairs, EigenvalueInterval, eigenvalue_interval, top_eigenpairs
+from curvlab.spectra.trace import TraceEstimate, hutchinson_trace, hutchpp_trace, xtrace
+
+__all__ = [
+    "Eigenpairs",
+    "EigenvalueInterval",
+    "SpectralDensity",
+    "TraceEstimate",
+    "effective_dimension",
+    "eigenvalue_interval",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "log_determinant",
+    "slq_density",
+    "top_eigenpairs",
+    "xtrace",
+]
