@@ -1,8 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every family's CPU kernels for one instruction set; setup.py gives this file its flags and CURVLAB_CPU_CAPABILITY.
+#include "hvp/cpu_kernels.h"
+#include "hvp/pool_cpu.h"
+#include "hvp/softmax_hessian_cpu.h"
+#include "hvp/tangent_backward_cpu.h"
+#include "hvp/tangent_forward_cpu.h"
 #include "norms/multi_tensor_norms_cpu.h"
 
 namespace curvlab::norms {
 using namespace CURVLAB_CPU_CAPABILITY;
 const CpuKernels kCpuKernelsAvx512 = CURVLAB_NORM_KERNELS;
 }  // namespace curvlab::norms
+
+namespace curvlab::hvp {
+using namespace CURVLAB_CPU_CAPABILITY;
+const CpuKernels kCpuKernelsAvx512 = CURVLAB_HVP_KERNELS;
+}  // namespace curvlab::hvp

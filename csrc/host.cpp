@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "hvp/bindings.h"
+
 namespace py = pybind11;
 
 namespace curvlab {
@@ -56,6 +58,7 @@ PYBIND11_MODULE(_host, m) {
       .def("__call__", &NormTable::call, py::arg("l2_only") = false, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("tensors", &NormTable::tensors)
       .def_property_readonly("reference", &NormTable::reference);
+  hvp::bind(m);
 }
 
 }  // namespace curvlab

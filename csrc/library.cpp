@@ -9,6 +9,24 @@ TORCH_LIBRARY(curvlab, m) {
   m.def("multi_tensor_norms(Tensor[] tensors, Tensor[] reference, bool l2_only=False) -> Tensor");
   // norms/: |w[j]|_2 of every slice along the first dimension, the tensors one after another
   m.def("filter_norms(Tensor[] tensors) -> Tensor");
+  // hvp/: first = phi'(z), second = phi''(z) delta
+  m.def(
+      "activation_factors(Tensor z, Tensor? delta, str kind, float slope, float beta, float threshold, "
+      "Tensor(a!) first, Tensor(b!)? second) -> ()");
+  // hvp/: out = first (scale (a + b) + gain centered + bias + residual), dot = sum_r delta (a + b)
+  m.def(
+      "tangent_forward(Tensor a, Tensor? b, Tensor? bias, Tensor? scale, Tensor? gain, Tensor? centered, "
+      "Tensor? residual, Tensor? first, Tensor? delta, Tensor(a!) out, Tensor(b!)? pre, Tensor(c!)? dot) -> ()");
+  // hvp/: gy = first (g + g2) + second pre, gt = scale gy + gain delta, and the sums of gy and of gy centered over rows
+  m.def(
+      "tangent_backward(Tensor g, Tensor? g2, Tensor? first, Tensor? second, Tensor? pre, Tensor? scale, Tensor? gain, "
+      "Tensor? delta, Tensor? centered, Tensor? t, Tensor? dot, Tensor? inv_std, Tensor(a!)? gy, Tensor(b!)? gt, "
+      "Tensor(c!)? bias_sum, Tensor(d!)? gain_sum, bool accumulate) -> ()");
+  // hvp/: out[k, n, r, c] = x[k, n, index[n, r, c], c], and its adjoint
+  m.def("pool_gather(Tensor x, Tensor index, Tensor(a!) out) -> ()");
+  m.def("pool_scatter(Tensor g, Tensor index, Tensor(a!) out, bool unique) -> ()");
+  // hvp/: out = weight (diag p - p p^T) u
+  m.def("softmax_hessian_product(Tensor p, Tensor label, Tensor weight, Tensor u, Tensor(a!) out) -> ()");
   // common/: the instruction set whose CPU kernels run
   m.def("cpu_capability() -> str");
 }

@@ -49,4 +49,18 @@ void refuse_backward(const char* op, std::initializer_list<at::TensorList> input
   torch::autograd::set_history(out, make_node<NodePointer>(op, std::move(edges)));
 }
 
+void refuse_gradient(const char* op, std::initializer_list<const at::Tensor*> inputs) {
+  const bool grad = at::GradMode::is_enabled();
+  const bool dual = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+  if (!grad && !dual) return;
+  for (const at::Tensor* tensor : inputs) {
+    if (tensor == nullptr || !tensor->defined()) continue;
+    TORCH_CHECK_NOT_IMPLEMENTED(!grad || !tensor->requires_grad(), op,
+                                ": has no derivative, but an input requires a gradient; detach it or call this under "
+                                "torch.no_grad()");
+    TORCH_CHECK_NOT_IMPLEMENTED(!dual || !torch::autograd::isFwGradDefined(*tensor), op,
+                                ": has no derivative, but an input carries a forward-mode tangent; detach it");
+  }
+}
+
 }  // namespace curvlab

@@ -16,6 +16,10 @@ void refuse_tangents(const char* op, std::initializer_list<at::TensorList> input
 // If an input requires a gradient (and gradients are on), gives `out` a backward that throws.
 void refuse_backward(const char* op, std::initializer_list<at::TensorList> inputs, const at::Tensor& out);
 
+// For ops that write into their arguments: throws if an input (null: none) requires a gradient while gradients are on,
+// or carries a forward-mode tangent.
+void refuse_gradient(const char* op, std::initializer_list<const at::Tensor*> inputs);
+
 // Calls `op_below` below autograd.
 template <class OpBelow>
 at::Tensor without_gradient(const char* op, std::initializer_list<at::TensorList> inputs, const OpBelow& op_below) {

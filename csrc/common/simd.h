@@ -98,7 +98,7 @@ CURVLAB_INLINE FloatLanes widen_bfloat16(UInt16Lanes bits) {
   return reinterpret_cast<FloatLanes>(__builtin_convertvector(bits, UInt32Lanes) << 16);
 }
 
-// Lane by lane the steps of float16_to_float in norms/elements.h.
+// Lane by lane the steps of float16_to_float in common/elements.h.
 CURVLAB_INLINE FloatLanes widen_float16(UInt16Lanes bits) {
 #if defined(CURVLAB_CPU_CAPABILITY_AVX512)
   return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "common/compensated_sum.h"
+#include "common/elements.h"
 #include "common/hd.h"
-#include "norms/elements.h"
 
 namespace curvlab::norms {
 

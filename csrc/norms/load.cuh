@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "common/device.cuh"
-#include "norms/elements.h"
+#include "common/elements.h"
 
 namespace curvlab::norms {
 

@@ -112,7 +112,7 @@ def activation_factors(
     if kind == "relu":
         return (~(z <= 0)).to(torch.uint8), None
     if kind == "leaky_relu":
-        return torch.where(z <= 0, slope, 1.0).to(z.dtype), None
+        return torch.where(z <= 0, z.new_tensor(slope), z.new_tensor(1.0)), None
     if kind == "softplus":
         first, second = _softplus_derivatives(z, beta, threshold)
     else:

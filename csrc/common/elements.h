@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The element types that the norm kernels read, and their exact conversion to float.
+// The element types that kernels read, and their exact conversion to float.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 #include "common/hd.h"
 
-namespace curvlab::norms {
+namespace curvlab {
 
 // Storage of a tensor's elements; the numbers are part of the launchers' interface.
 enum ElementType : std::int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -28,7 +28,20 @@ CURVLAB_HD float float_from_bits(std::uint32_t bits) {
   return value;
 }
 
+CURVLAB_HD std::uint32_t bits_from_float(float value) {
+  std::uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 CURVLAB_HD float bfloat16_to_float(std::uint32_t bits) { return float_from_bits(bits << 16); }
+
+// To the nearest, ties to even; NaN stays NaN.
+CURVLAB_HD BFloat16Bits bfloat16_from_float(float value) {
+  const std::uint32_t bits = bits_from_float(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
 
 // Exact for all 65536 patterns. Subnormals go through the integer mantissa (m * 2^-24), not through a float subnormal,
 // so that a flush-to-zero setting of the CPU cannot turn them into zeros.
@@ -57,4 +70,4 @@ CURVLAB_HD double load_element(double value) { return value; }
 CURVLAB_HD float load_element(BFloat16Bits value) { return bfloat16_to_float(value.bits); }
 CURVLAB_HD float load_element(Float16Bits value) { return float16_to_float(value.bits); }
 
-}  // namespace curvlab::norms
+}  // namespace curvlab
