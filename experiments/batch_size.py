@@ -27,12 +27,14 @@ if __name__ == "__main__":  # run as a file: the checkout's root takes this fold
     sys.argv[1:1] = ["run", Path(__file__).stem]
     runpy.run_module("experiments", run_name="__main__")
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from curvlab.runs import figures as draw
 from curvlab.runs.report import Claim
@@ -41,11 +43,8 @@ from curvlab.runs.stats import (
     Estimate,
     Survives,
     Verdict,
-    geometric_mean_interval,
-    holm,
     judge,
     judge_tolerance,
-    log_ratio_interval,
     mean_interval,
     page_trend,
 )
@@ -53,8 +52,24 @@ from curvlab.runs.store import Row, Run
 from curvlab.runs.tables import Table
 from curvlab.training.recipe import Recipe
 from curvlab.training.stages import Network, Samples, TrainStage
-from experiments.base import Law, Tools, finals, groups, paper
-from experiments.base.networks import Gap, above, cap, forecast_stage, gap, run_stage, survival
+from experiments.base import Law, Tools, finals, paper
+from experiments.base.networks import forecast_stage, run_stage
+from experiments.base.settings import (
+    RESULTS,
+    RESULTS_CAPTION,
+    Gap,
+    above,
+    cap,
+    gap,
+    gap_table,
+    mean,
+    ratio,
+    results,
+    seconds,
+    survival,
+    test_words,
+    values,
+)
 
 PROTOCOL = 1
 REFERENCE = 128  # the batch whose ratio and whose number of updates the controls give to all
@@ -200,20 +215,25 @@ def forecast(unit: Unit, tools: Tools) -> float:
 
 def is_as_written(config: Config) -> bool:
     """Whether the first arm follows the paper's protocol (its batches and seeds may be fewer)."""
-    same = all(getattr(config, name) == getattr(Config(), name) for name in (*COMMON, "epochs"))
-    return same and all(paper.BATCH_LR.get(b) == lr for b, lr in zip(config.batches, config.lrs, strict=True))
-
-
-def has_papers_pairs(config: Config) -> bool:
-    """Whether batches and rates are the paper's, so that a direction can be compared with its own."""
-    return config.dataset == "cifar10" and all(
-        paper.BATCH_LR.get(b) == lr for b, lr in zip(config.batches, config.lrs, strict=True)
+    return has_papers_rates(config) and all(
+        getattr(config, name) == getattr(Config(), name) for name in (*COMMON, "epochs")
     )
+
+
+def has_papers_rates(config: Config) -> bool:
+    """Whether data, batches and rates are the paper's, so that a direction can be compared with its own."""
+    rates = zip(config.batches, config.lrs, strict=True)
+    return config.dataset == "cifar10" and all(paper.BATCH_LR.get(batch) == lr for batch, lr in rates)
 
 
 def published(batch: int) -> float:
     """Mean of the paper's three seeds."""
     return statistics.mean(paper.BATCH_ACCURACY[batch])
+
+
+def published_gap(small: int, large: int) -> float | None:
+    """The paper's for this pair."""
+    return published(small) - published(large) if {small, large} <= set(paper.BATCH_ACCURACY) else None
 
 
 def arm_gap(rows: Sequence[Row], config: Config, arm: str, small: int, large: int) -> Gap | None:
@@ -225,207 +245,156 @@ def arm_gap(rows: Sequence[Row], config: Config, arm: str, small: int, large: in
 def claims(rows: Sequence[Row], config: Config) -> list[Claim]:
     """The paper's claims with their controls; then the controls as claims of their own, and the audit."""
     small, large = min(config.batches), max(config.batches)
-    found = [ends_claim(rows, config), gap_claim(rows, config, small, large), trend_claim(rows, config)]
-    found.append(fit_claim(rows, config))
     words = {"equal-ratio": "lr/batch", "equal-updates": "number of updates"}
-    for arm in config.arms[1:]:
-        found.append(control_claim(rows, config, arm, words[arm], small, large))
+    headline = Claim("ends", "Batch 32 tests better than batch 2048", 2.25, None, Verdict.NOT_TESTABLE, "points")
+    if is_as_written(config) and {32, 2048} <= set(config.batches):
+        headline = gap_claim(rows, config, "ends", 32, 2048)
+    found = [headline, gap_claim(rows, config, "gap", small, large), trend_claim(rows, config), fit_claim(rows, config)]
+    found += [control_claim(rows, config, arm, words[arm], small, large) for arm in config.arms[1:]]
     found += [loss_claim(rows, config, small, large), norm_claim(rows, config, small, large)]
-    if has_papers_pairs(config):
+    if has_papers_rates(config):
         return found
     return [replace(claim, verdict=Verdict.NOT_TESTABLE, survives=Survives.NOT_TESTED, note="") for claim in found]
 
 
-def gap_claim(rows: Sequence[Row], config: Config, small: int, large: int) -> Claim:
+def gap_claim(rows: Sequence[Row], config: Config, claim_id: str, small: int, large: int) -> Claim:
     """Small batch against large, as written; the control column holds both control arms."""
     written = arm_gap(rows, config, "as-written", small, large)
-    measured = None if written is None else written.estimate
     controls = {arm: arm_gap(rows, config, arm, small, large) for arm in ARMS[1:]}
-    survives, control = survival(measured, {arm: None if g is None else g.estimate for arm, g in controls.items()})
-    about = pair_value(small, large)
-    verdict = judge(measured, about, 0.0) if about else above(measured, 0.0)
-    note = scaled_note(config)
-    if written is not None:
-        note = f"{test_words(written)}; {note}".rstrip("; ")
-    return Claim(
-        "gap", f"Batch {small} tests better than batch {large}", None if not about else round(about, 2), measured,
-        cap(verdict, is_as_written(config)), "points", survives, control, seconds(rows, config, "as-written"),
-        note=note,
-    )  # fmt: skip
+    survives, control = survival(estimate_of(written), {arm: estimate_of(found) for arm, found in controls.items()})
+    claim = judged_gap(config, claim_id, written, small, large, seconds(rows, arm_settings(config, "as-written")))
+    return replace(claim, survives=survives, control=control)
 
 
-def ends_claim(rows: Sequence[Row], config: Config) -> Claim:
-    """The paper's headline, between its own ends."""
-    text, found = "Batch 32 tests better than batch 2048", None
-    if is_as_written(config):
-        found = arm_gap(rows, config, "as-written", 32, 2048)
-    measured = None if found is None else found.estimate
-    controls = {arm: arm_gap(rows, config, arm, 32, 2048) for arm in ARMS[1:]} if measured else {}
-    survives, control = survival(measured, {arm: None if g is None else g.estimate for arm, g in controls.items()})
-    about = published(32) - published(2048)
-    note = "" if found is None else test_words(found)
-    return Claim("ends", text, round(about, 2), measured, judge(measured, about, 0.0), "points",
-                 survives, control if measured else "", seconds(rows, config, "as-written"), note=note)  # fmt: skip
+def control_claim(rows: Sequence[Row], config: Config, arm: str, words: str, small: int, large: int) -> Claim:
+    """A control arm's gap, judged like the paper's own."""
+    found = arm_gap(rows, config, arm, small, large)
+    claim = judged_gap(config, arm.replace("-", "_"), found, small, large, seconds(rows, arm_settings(config, arm)))
+    return replace(claim, text=f"Control, equal {words}: {claim.text}", paper="not run")
 
 
-def pair_value(small: int, large: int) -> float:
-    """What the paper has for this pair; 0 where it has not run them."""
-    known = {small, large} <= set(paper.BATCH_ACCURACY)
-    return published(small) - published(large) if known else 0.0
+def judged_gap(config: Config, claim_id: str, found: Gap | None, small: int, large: int, cost: float) -> Claim:
+    """The verdict on one pair of batches in one arm."""
+    about, measured = published_gap(small, large), estimate_of(found)
+    verdict = above(measured, 0.0) if about is None else judge(measured, about, 0.0)
+    note = "; ".join(part for part in (test_words(found), scaled_note(config)) if part)
+    shown = None if about is None else round(about, 2)
+    return Claim(claim_id, f"Batch {small} tests better than batch {large}", shown, measured,
+                 cap(verdict, is_as_written(config)), "points", cost_seconds=cost, note=note)  # fmt: skip
 
 
-def test_words(found: Gap) -> str:
-    """Paired test with Welch's beside it."""
-    p = [f"{test.name} p = {test.p_value:.2g}" for test in (found.paired, found.welch) if test.p_value == test.p_value]
-    return ", ".join(p)
+def estimate_of(found: Gap | None) -> Estimate | None:
+    """Its interval, if it was measured."""
+    return None if found is None else found.estimate
+
+
+def arm_settings(config: Config, arm: str) -> list[dict[str, Any]]:
+    """All cells of an arm."""
+    return [cell.where for cell in cells(config)[arm].values()]
 
 
 def scaled_note(config: Config) -> str:
     """What keeps a verdict below *Reproduced*."""
     if is_as_written(config):
         return ""
-    return (
-        f"scaled protocol (CNN({config.channels}), {config.num_train:,} images, {config.epochs} epochs): "
-        "at best Direction only"
-    )
+    protocol = f"CNN({config.channels}), {config.num_train:,} images, {config.epochs} epochs"
+    return f"scaled protocol ({protocol}): at best Direction only"
 
 
 def slopes(rows: Sequence[Row], config: Config, arm: str) -> tuple[Estimate, Comparison | None] | None:
     """Points of accuracy a doubling of the batch: the mean of one slope a seed; Page's test of falling."""
     table: dict[int, list[float]] = {}
-    for cell in cells(config)[arm].values():
-        for row in finals(rows, "test_accuracy", **cell.where):
+    for setting in arm_settings(config, arm):
+        for row in finals(rows, "test_accuracy", **setting):
             table.setdefault(row["seed"], []).append(100 * row["value"])
-    whole = {seed: values for seed, values in table.items() if len(values) == len(config.batches)}
+    whole = [table[seed] for seed in sorted(table) if len(table[seed]) == len(config.batches)]
     if not whole or len(config.batches) < 3:
         return None
     x = np.log2(sorted(config.batches))
-    per_seed = [float(np.polyfit(x, whole[seed], 1)[0]) for seed in sorted(whole)]
-    trend = page_trend([whole[seed][::-1] for seed in sorted(whole)]) if len(whole) > 1 else None
-    return mean_interval(per_seed), trend
+    trend = page_trend([line[::-1] for line in whole]) if len(whole) > 1 else None
+    return mean_interval([float(np.polyfit(x, line, 1)[0]) for line in whole]), trend
 
 
 def trend_claim(rows: Sequence[Row], config: Config) -> Claim:
     """*Reproduced* asks for the slope and for a trend test."""
-    found = slopes(rows, config, "as-written")
-    measured, trend = found if found else (None, None)
-    known = [b for b in sorted(config.batches) if b in paper.BATCH_ACCURACY]
-    about = float(np.polyfit(np.log2(known), [published(b) for b in known], 1)[0]) if len(known) > 2 else -0.35
-    verdict = judge(measured, about, 0.0)
-    note = scaled_note(config)
+    measured, trend = slopes(rows, config, "as-written") or (None, None)
+    known = [batch for batch in sorted(config.batches) if batch in paper.BATCH_ACCURACY]
+    about = -0.35  # over all seven rows
+    if len(known) > 2:
+        about = float(np.polyfit(np.log2(known), [published(batch) for batch in known], 1)[0])
+    verdict, parts = judge(measured, about, 0.0), [scaled_note(config)]
     if trend is not None:
-        note = f"{trend.name} over {len(config.batches)} batches: p = {trend.p_value:.2g}, n = {trend.n}; {note}"
+        parts.insert(0, f"{trend.name} over {len(config.batches)} batches: p = {trend.p_value:.2g}, n = {trend.n}")
         if verdict is Verdict.REPRODUCED and not trend.p_value < 0.05:
             verdict = Verdict.DIRECTION_ONLY
-    controls = {arm: slopes(rows, config, arm) for arm in config.arms[1:]}
-    falls = {arm: None if found is None else found[0].scaled(-1) for arm, found in controls.items()}
+    falls = {arm: None if (s := slopes(rows, config, arm)) is None else s[0].scaled(-1) for arm in config.arms[1:]}
     survives, control = survival(None if measured is None else measured.scaled(-1), falls)
-    control = control.replace("every control's interval", "every control's fall (minus the slope)")
     return Claim("trend", "Test accuracy falls with every doubling of the batch", round(about, 2), measured,
-                 cap(verdict, is_as_written(config)), "points", survives, control,
-                 seconds(rows, config, "as-written"), note=note.rstrip("; "))  # fmt: skip
+                 cap(verdict, is_as_written(config)), "points", survives, f"falls (slopes times −1): {control}",
+                 seconds(rows, arm_settings(config, "as-written")), note="; ".join(filter(None, parts)))  # fmt: skip
 
 
 def fit_claim(rows: Sequence[Row], config: Config) -> Claim:
-    """The lowest batch's mean; a network that has not fitted yet is not compared at its minimum."""
-    means = {}
-    for batch, cell in cells(config)["as-written"].items():
-        values = finite(rows, "train_accuracy", cell)
-        if values:
-            means[batch] = mean_interval([100 * value for value in values])
+    """The lowest batch's mean: a network that has not fitted yet is not compared at its minimum."""
+    found = {batch: cell.where for batch, cell in cells(config)["as-written"].items()}
+    means = {batch: m for batch, where in found.items() if (m := mean(rows, "train_accuracy", where, factor=100))}
     worst = min(means, key=lambda batch: means[batch].value, default=None)
     measured = None if worst is None else means[worst]
-    judged = judge_tolerance(measured, 100.0, 0.1)
-    faithful = is_as_written(config)
+    verdict = judge_tolerance(measured, 100.0, 0.1).verdict if is_as_written(config) else Verdict.NOT_TESTABLE
     note = "" if worst is None else f"lowest of {len(means)} batches: {worst}; running accuracy of the last epoch"
-    return Claim("fit", "Every batch size reaches 100 % training accuracy (lowest)", 100.0, measured,
-                 judged.verdict if faithful else Verdict.NOT_TESTABLE, "%", note=note,
-                 cost_seconds=seconds(rows, config, "as-written"))  # fmt: skip
-
-
-def control_claim(rows: Sequence[Row], config: Config, arm: str, words: str, small: int, large: int) -> Claim:
-    """A control arm's gap, judged like the paper's own."""
-    found = arm_gap(rows, config, arm, small, large)
-    measured = None if found is None else found.estimate
-    about = pair_value(small, large)
-    verdict = judge(measured, about, 0.0) if about else above(measured, 0.0)
-    note = "" if found is None else f"{test_words(found)}; {scaled_note(config)}".rstrip("; ")
-    text = f"Control: batch {small} tests better than batch {large} at equal {words}"
-    return Claim(arm.replace("-", "_"), text, "not run", measured, cap(verdict, is_as_written(config)), "points",
-                 cost_seconds=seconds(rows, config, arm), note=note)  # fmt: skip
+    return Claim("fit", "Every batch size reaches 100 % training accuracy (lowest)", 100.0, measured, verdict, "%",
+                 cost_seconds=seconds(rows, found.values()), note=note)  # fmt: skip
 
 
 def loss_claim(rows: Sequence[Row], config: Config, small: int, large: int) -> Claim:
     """What is compared differs in training loss too (the paper's 3.86: batches 32 and 1024, one seed)."""
-    measured = ratio(rows, config, "fit_loss", large, small)
-    survives, control = Survives.NOT_TESTED, ""
-    if (equal := ratio(rows, config, "fit_loss", large, small, "equal-updates")) is not None:
-        control = f"at equal updates the ratio is {equal}"
-    return Claim("loss", f"Audit: batch {large} ends at a higher training loss than batch {small}", "3.86 (32, 1024)",
-                 measured, above(measured, 1.0), "×", survives, control, seconds(rows, config, "as-written"),
-                 note="eval mode, all training images; geometric means")  # fmt: skip
+    text = f"Audit: batch {large} ends at a higher training loss than batch {small}"
+    claim = audit_claim(rows, config, "fit_loss", large, small)
+    note = "eval mode, all training images; geometric means"
+    return replace(claim, id="loss", text=text, paper="3.86 (32, 1024)", note=note)
 
 
 def norm_claim(rows: Sequence[Row], config: Config, small: int, large: int) -> Claim:
     """More updates let scale-free weights grow, and curvature falls with their square at the same function."""
-    measured = ratio(rows, config, "conv_norm", small, large)
-    control = ""
-    if (equal := ratio(rows, config, "conv_norm", small, large, "equal-updates")) is not None:
-        control = f"at equal updates the ratio is {equal}"
-    return Claim("norms", f"Audit: weights before batch normalization end larger at batch {small} than at {large}",
-                 "not stored", measured, above(measured, 1.0), "×", Survives.NOT_TESTED, control,
-                 seconds(rows, config, "as-written"))  # fmt: skip
+    text = f"Audit: weights before batch normalization end larger at batch {small} than at {large}"
+    return replace(audit_claim(rows, config, "conv_norm", small, large), id="norms", text=text, paper="not stored")
 
 
-def finite(rows: Sequence[Row], metric: str, cell: Cell) -> list[float]:
-    """Last-epoch values of a cell, one a seed, diverged ones left out."""
-    return groups(rows, metric, "batch_size", **cell.where).get(cell.batch_size, [])
-
-
-def ratio(
-    rows: Sequence[Row], config: Config, metric: str, above_: int, below: int, arm: str = "as-written"
-) -> Estimate | None:
-    """Geometric mean at batch ``above_`` over that at ``below``."""
-    found = cells(config).get(arm)
-    if found is None:
-        return None
-    a, b = (finite(rows, metric, found[batch]) for batch in (above_, below))
-    return log_ratio_interval(a, b) if a and b and min(*a, *b) > 0 else None
-
-
-def seconds(rows: Sequence[Row], config: Config, arm: str) -> float:
-    """What the arm cost, all batches and seeds."""
-    metrics = ("train_seconds", "measure_seconds")
-    return sum(sum(finite(rows, metric, cell)) for cell in cells(config)[arm].values() for metric in metrics)
+def audit_claim(rows: Sequence[Row], config: Config, metric: str, one: int, other: int) -> Claim:
+    """A ratio between two batches as written, predicted to exceed 1, and the same at equal updates."""
+    found = cells(config)
+    pairs = {arm: (by_batch[one].where, by_batch[other].where) for arm, by_batch in found.items()}
+    measured = ratio(rows, metric, *pairs["as-written"])
+    equal = ratio(rows, metric, *pairs["equal-updates"]) if "equal-updates" in pairs else None
+    control = "" if equal is None else f"at equal updates the ratio is {equal}"
+    return Claim(metric, metric, None, measured, above(measured, 1.0), "×", Survives.NOT_TESTED, control,
+                 seconds(rows, arm_settings(config, "as-written")))  # fmt: skip
 
 
 def laws(rows: Sequence[Row], config: Config) -> list[Law]:
     """Bookkeeping that must hold anywhere; on digits also the direction and the identity behind the audit of norms."""
-    found = []
+    found, by_arm = [], cells(config)
     if "equal-updates" in config.arms:
         target = config.epochs * steps_per_epoch(config, config.reference)
-        off = {
-            cell.batch_size: abs(values[0] - target) - steps_per_epoch(config, cell.batch_size) / 2
-            for cell in cells(config)["equal-updates"].values()
-            if (values := finite(rows, "updates", cell))
-        }
+        off = [
+            abs(update - target) - steps_per_epoch(config, batch) / 2
+            for batch, cell in by_arm["equal-updates"].items()
+            for update in values(rows, "updates", cell.where)
+        ]
         text = f"equal updates are {target:,} to half an epoch at every batch size"
-        found.append(Law(text, bool(off) and max(off.values()) <= 0))
-    smoke = PRESETS["smoke"]
-    if config != replace(smoke, seeds=config.seeds):
+        found.append(Law(text, bool(off) and max(off) <= 0))
+    if config != replace(PRESETS["smoke"], seeds=config.seeds):
         return found
-    radial = max((row["value"] for row in finals(rows, "radial_cosine")), default=float("nan"))
+    radial = max((row["value"] for row in finals(rows, "radial_cosine")), default=math.nan)
     small, large = min(config.batches), max(config.batches)
-    written, equal = (ratio(rows, config, "fit_loss", large, small, arm) for arm in ("as-written", "equal-updates"))
-    grown = [estimate.value if estimate is not None else float("nan") for estimate in (written, equal)]
+    pairs = [(by_arm[arm][large].where, by_arm[arm][small].where) for arm in ("as-written", "equal-updates")]
+    ratios = [ratio(rows, "fit_loss", *pair) for pair in pairs]
+    written, equal = [math.nan if one is None else one.value for one in ratios]
+    words = f"equal epochs leave batch {large} at {written:.2f} × the training loss of {small} (> 1)"
     return [
         *found,
         Law(f"gradients are orthogonal to scale-free weights: largest cosine {radial:.1e} ≤ 1e-3", radial <= 1e-3),
-        Law(
-            f"equal epochs leave batch {large} at a higher training loss than {small} ({grown[0]:.2f} × > 1), and "
-            f"equal updates at a lower multiple ({grown[1]:.2g} ×)",
-            grown[0] > max(1.0, grown[1]),
-        ),
+        Law(f"{words}, equal updates at a lower multiple, {equal:.2g} ×", written > max(1.0, equal)),
     ]
 
 
@@ -434,73 +403,33 @@ def laws(rows: Sequence[Row], config: Config) -> list[Law]:
 
 def tables(rows: Sequence[Row], config: Config) -> list[Table]:
     """T1: every arm by batch; then the gaps with their tests."""
-    columns = ["arm", "batch", "lr", "epochs", "updates", "lr/batch ×1e5", "test %", "SD", "paper %", "train %",
-               "train loss", "‖θ‖", "‖θ_conv‖", "‖θ−θ_0‖", "diverged", "time s"]  # fmt: skip
-    lines = [table_line(rows, config, arm, cell) for arm, found in cells(config).items() for cell in found.values()]
+    lines = []
+    for arm, found in cells(config).items():
+        for batch, cell in found.items():
+            updates = cell.epochs * steps_per_epoch(config, batch)
+            known = arm == "as-written" and has_papers_rates(config)
+            about = round(published(batch), 2) if known else None
+            start = [arm, batch, cell.lr, cell.epochs, updates, round(1e5 * cell.lr / batch, 2), about]
+            lines.append(start + results(rows, cell.where))
+    columns = ["arm", "batch", "lr", "epochs", "updates", "lr/batch ×1e5", "paper %", *RESULTS]
     caption = (
-        "Last epoch; means over seeds with 95 % t intervals, SD of the sample. Train %: the running accuracy of the "
-        "last epoch; train loss: eval mode on all training images, geometric mean. Cells that two arms share were "
-        "trained once. The paper's numbers: CNN(32), 50,000 images, 80 epochs."
+        f"{RESULTS_CAPTION} Cells that two arms share were trained once. The paper's numbers: CNN(32), 50,000 images, "
+        "80 epochs."
     )
-    return [Table("Accuracy by batch size", columns, lines, caption), gap_table(rows, config)]
-
-
-def table_line(rows: Sequence[Row], config: Config, arm: str, cell: Cell) -> list[Any]:
-    """One cell."""
-
-    def mean(metric: str, factor: float = 1.0, average: Any = mean_interval) -> Estimate | None:
-        values = finite(rows, metric, cell)
-        return average(values).scaled(factor) if values and (average is mean_interval or min(values) > 0) else None
-
-    tested = [100 * value for value in finite(rows, "test_accuracy", cell)]
-    known = has_papers_pairs(config) and arm == "as-written"
-    return [
-        arm,
-        cell.batch_size,
-        cell.lr,
-        cell.epochs,
-        cell.epochs * steps_per_epoch(config, cell.batch_size),
-        round(1e5 * cell.lr / cell.batch_size, 2),
-        mean("test_accuracy", 100),
-        statistics.stdev(tested) if len(tested) > 1 else None,
-        round(published(cell.batch_size), 2) if known else None,
-        mean("train_accuracy", 100),
-        mean("fit_loss", average=geometric_mean_interval),
-        mean("norm"),
-        mean("conv_norm"),
-        mean("distance"),
-        int(sum(finite(rows, "diverged", cell))),
-        round(sum(finite(rows, "train_seconds", cell) + finite(rows, "measure_seconds", cell)), 1),
-    ]
-
-
-def gap_table(rows: Sequence[Row], config: Config) -> Table:
-    """Every batch against the reference, arm by arm, with Holm's correction over the whole table."""
-    found: dict[tuple[str, int], Gap] = {}
-    for arm, by_batch in cells(config).items():
-        for batch in by_batch:
-            one = None if batch == config.reference else arm_gap(rows, config, arm, batch, config.reference)
-            if one is not None:
-                found[arm, batch] = one
-    p_values = {key: one.paired.p_value for key, one in found.items() if one.paired.p_value == one.paired.p_value}
-    adjusted = holm(p_values) if p_values else {}
-    lines = [
-        [arm, batch, one.estimate, one.paired.p_value, one.welch.p_value, adjusted.get((arm, batch))]
-        for (arm, batch), one in found.items()
-    ]
-    reference = config.reference
-    columns = ["arm", "batch", f"test points against batch {reference}", "paired p", "Welch p", "Holm p"]
-    caption = (
-        "Intervals hold the noise of seeds and of test images (crossed); the tests that of seeds alone, Holm's "
-        f"correction over the paired p of all {len(p_values)} rows."
-    )
-    return Table(f"Gaps to batch {reference}", columns, lines, caption)
+    pairs = {
+        (arm, str(batch)): found
+        for arm, by_batch in cells(config).items()
+        for batch in by_batch
+        if batch != config.reference and (found := arm_gap(rows, config, arm, batch, config.reference))
+    }
+    title = f"Gaps to batch {config.reference}"
+    return [Table("Accuracy by batch size", columns, lines, caption), gap_table(pairs, ["arm", "batch"], title)]
 
 
 def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
     """F1: accuracy against batch, lr/batch and updates; then loss and norms against the batch."""
     figure, panels = draw.new_figure(1, 3, size=(12.6, 4.0))
-    axes_of = {
+    axes_of: dict[str, Callable[[Cell], float]] = {
         "batch size": lambda cell: cell.batch_size,
         "learning rate / batch × 1e5": lambda cell: 1e5 * cell.lr / cell.batch_size,
         "updates": lambda cell: cell.epochs * steps_per_epoch(config, cell.batch_size),
@@ -508,42 +437,38 @@ def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
     for axes, (label, x_of) in zip(panels, axes_of.items(), strict=True):
         accuracy_panel(axes, rows, config, label, x_of)
     more, panels = draw.new_figure(1, 2)
-    for axes, (metric, label) in zip(
-        panels,
-        {"fit_loss": "training loss (nats)", "conv_norm": "norm of the convolutions' weights"}.items(),
-        strict=True,
-    ):
+    measures = {"fit_loss": "training loss (nats)", "conv_norm": "norm of the convolutions' weights"}
+    for axes, (metric, label) in zip(panels, measures.items(), strict=True):
         for series, (arm, found) in enumerate(cells(config).items()):
-            values = {float(batch): finite(rows, metric, cell) for batch, cell in found.items()}
-            values = {batch: group for batch, group in values.items() if group and min(group) > 0}
-            if values:
-                draw.plot_groups(axes, values, series=series, label=arm, geometric=True)
+            shown = {float(batch): values(rows, metric, cell.where) for batch, cell in found.items()}
+            shown = {batch: group for batch, group in shown.items() if group and min(group) > 0}
+            if shown:
+                draw.plot_groups(axes, shown, series=series, label=arm, geometric=True)
         draw.set_axes(axes, xlabel="batch size", ylabel=label, log_x=True, log_y=True, x_ticks=sorted(config.batches))
         draw.add_legend(axes)
     caption = "Dots: seeds; markers: means with 95 % intervals over seeds. "
-    paired = "One set of networks against three things that change together as written."
+    together = "The same networks against three things that change together as written."
     return [
-        draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", caption + paired, figure),
+        draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", caption + together, figure),
         draw.Figure("confounds", "What else the batch size changes", caption + "Geometric means.", more),
     ]
 
 
-def accuracy_panel(axes: Any, rows: Sequence[Row], config: Config, label: str, x_of: Any) -> None:
+def accuracy_panel(axes: Axes, rows: Sequence[Row], config: Config, label: str, x_of: Callable[[Cell], float]) -> None:
     """One panel of F1; the paper's means where the protocol is its own."""
     ticks: set[float] = set()
     for series, (arm, found) in enumerate(cells(config).items()):
-        values: dict[float, list[float]] = {}
+        shown: dict[float, list[float]] = {}
         for cell in found.values():
-            values.setdefault(float(f"{x_of(cell):.4g}"), []).extend(
-                100 * value for value in finite(rows, "test_accuracy", cell)
-            )
-        values = {x: group for x, group in values.items() if group}
-        ticks |= set(values)
-        if values:
-            draw.plot_groups(axes, values, series=series, label=arm, connect=len(values) == len(found))
+            accuracies = [100 * value for value in values(rows, "test_accuracy", cell.where)]
+            shown.setdefault(float(f"{x_of(cell):.4g}"), []).extend(accuracies)
+        shown = {x: group for x, group in shown.items() if group}
+        ticks |= set(shown)
+        if shown:  # cells that share an abscissa are one cloud there, and no line leads through it
+            draw.plot_groups(axes, shown, series=series, label=arm, connect=len(shown) == len(found))
     if is_as_written(config):
-        x = [x_of(cell) for cell in cells(config)["as-written"].values()]
-        draw.plot_published(axes, x, [published(b) for b in cells(config)["as-written"]], label="paper")
+        written = cells(config)["as-written"]
+        draw.plot_published(axes, list(map(x_of, written.values())), list(map(published, written)), label="paper")
     draw.set_axes(axes, xlabel=label, ylabel="test accuracy (%)", log_x=True, x_ticks=spaced(ticks))
     draw.add_legend(axes)
 
@@ -562,7 +487,6 @@ def notes(rows: Sequence[Row], config: Config) -> list[str]:
     found = [
         "The paper calls its learning rates linear in the batch; at 32 and 64 they are 2 and 1.5 times the rule, at "
         "2048 0.62 of it. Cells where the as-written rate obeys the rule serve both arms.",
-        "A gap is a mean difference over common seeds; its interval holds the noise of seeds and of test images.",
         "Test accuracies are those of the last epoch; nothing was chosen by them.",
     ]
     lowest = fit_claim(rows, config).measured

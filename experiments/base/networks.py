@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained networks as rows, and what a difference between two ways of training is worth.
+"""Trained networks as rows: losses, accuracies, norms, and which test images a network gets right (one bit each).
 
-A unit that trains one network as a stage writes here what it measured of it: losses, accuracies, norms, and which test
-images it gets right (one bit each), so that a difference's interval holds the noise of seeds *and* of test images.
+``settings.py`` reads them.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import base64
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvlab.data import Dataset
-from curvlab.runs.stats import Comparison, Estimate, Survives, Verdict, hierarchical_bootstrap, paired, welch
-from curvlab.runs.store import Row, Run, RunStore
+from curvlab.runs.store import Run, RunStore
 from curvlab.training.loop import evaluate, train
 from curvlab.training.stages import Trained, TrainStage, train_or_load
-from experiments.base.rows import finals
 from experiments.base.study import Tools
 
 RADIAL_IMAGES = 500  # the first that many training images
@@ -145,75 +141,3 @@ def encode_hits(hits: Tensor) -> str:
 def decode_hits(text: str, count: int) -> np.ndarray:
     """Back from :func:`encode_hits`, ``[count]`` of 0 and 1."""
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count)
-
-
-# ------------------------------------------------------------------------------------------------ differences
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Test accuracy of one setting minus another's, in points, over common seeds.
-
-    Attributes:
-        estimate: with the noise of seeds and of test images; without interval where they share one seed only.
-        paired: t test over common seeds alone.
-        welch: the same without pairing.
-    """
-
-    estimate: Estimate
-    paired: Comparison
-    welch: Comparison
-
-
-def gap(rows: Sequence[Row], one: Mapping[str, Any], other: Mapping[str, Any]) -> Gap | None:
-    """Setting ``one`` minus setting ``other`` (factor values that pick each); None where they share no seed."""
-    a, b = _hits(rows, one), _hits(rows, other)
-    seeds = sorted(set(a) & set(b))
-    if not seeds:
-        return None
-    arms = [np.stack([arm[seed] for seed in seeds]) for arm in (a, b)]
-    # The generator is asked only from eight seeds on, where the interval is a bootstrap's.
-    found = hierarchical_bootstrap(*arms, rng=np.random.default_rng(0), common_seeds=True).scaled(100)
-    if len(seeds) == 1:
-        found = replace(found, low=math.nan, high=math.nan, method="difference of one seed: no interval")
-    means = [100 * arm.mean(axis=1) for arm in arms]
-    return Gap(found, paired(*means), welch(*means))
-
-
-def _hits(rows: Sequence[Row], where: Mapping[str, Any]) -> dict[int, np.ndarray]:
-    return {
-        row["seed"]: decode_hits(row["bits"], int(row["images"])).astype(float)
-        for row in finals(rows, "test_hits", **where)
-    }
-
-
-def cap(verdict: Verdict, faithful: bool) -> Verdict:
-    """A scaled protocol can show a direction, never the paper's number."""
-    return Verdict.DIRECTION_ONLY if verdict is Verdict.REPRODUCED and not faithful else verdict
-
-
-def above(estimate: Estimate | None, bound: float) -> Verdict:
-    """For what is predicted to exceed ``bound``: the whole interval (*Reproduced*), the value alone, or neither."""
-    if estimate is None or math.isnan(estimate.value):
-        return Verdict.NOT_TESTABLE
-    if estimate.has_interval and estimate.low > bound:
-        return Verdict.REPRODUCED
-    return Verdict.DIRECTION_ONLY if estimate.value > bound else Verdict.NOT_REPRODUCED
-
-
-def survival(written: Estimate | None, controls: Mapping[str, Estimate | None]) -> tuple[Survives, str]:
-    """Does a gap above 0 outlive its controls?
-
-    Yes iff the interval of every control lies above 0; no iff that of some control lies below the gap as written (or
-    below 0); between the two the seeds do not decide, and it counts as not tested.
-    """
-    rule = "rule: yes iff every control's interval is above 0, no iff one lies wholly below the gap as written"
-    known = {name: found for name, found in controls.items() if found is not None and found.has_interval}
-    if written is None or len(known) < len(controls) or not known:
-        return Survives.NOT_TESTED, rule
-    told = f"{rule}; as written {written}; " + "; ".join(f"{name} {found}" for name, found in known.items())
-    if all(found.low > 0 for found in known.values()):
-        return Survives.YES, told
-    if any(found.high < max(written.value, 0.0) for found in known.values()):
-        return Survives.NO, told
-    return Survives.NOT_TESTED, f"{told}: undecided with these seeds"

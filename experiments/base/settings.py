@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to train, compared: what a setting's rows say, what a difference of two settings is worth, and their tables.
+
+A *setting* is given by the factor values that pick its rows, for example ``{"batch_size": 32, "lr": 0.005}``. Intervals
+of accuracy differences hold the noise of seeds *and* of test images, from the bits that ``networks.py`` stored.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from curvlab.runs.stats import (
+    Comparison,
+    Estimate,
+    Survives,
+    Verdict,
+    geometric_mean_interval,
+    hierarchical_bootstrap,
+    holm,
+    log_ratio_interval,
+    mean_interval,
+    paired,
+    welch,
+)
+from curvlab.runs.store import Row
+from curvlab.runs.tables import Table
+from experiments.base.networks import decode_hits
+from experiments.base.rows import finals
+
+Setting = Mapping[str, Any]
+
+RESULTS = ["test %", "SD", "train %", "train loss", "‖θ‖", "‖θ_conv‖", "‖θ−θ_0‖", "diverged", "time s"]
+RESULTS_CAPTION = (
+    "Last epoch; means over seeds with 95 % t intervals, SD of the sample. Train %: the running accuracy of the last "
+    "epoch; train loss: eval mode on the training images, geometric mean."
+)
+
+
+# ------------------------------------------------------------------------------------------------ one setting
+
+
+def values(rows: Sequence[Row], metric: str, setting: Setting) -> list[float]:
+    """Last-epoch values, one a seed in the order of seeds; a diverged network has none but that it diverged."""
+    found = finals(rows, metric, **setting)
+    return [row["value"] for row in sorted(found, key=lambda row: row["seed"]) if math.isfinite(row["value"])]
+
+
+def mean(rows: Sequence[Row], metric: str, setting: Setting, *, factor: float = 1.0) -> Estimate | None:
+    """Over seeds, with its t interval."""
+    found = values(rows, metric, setting)
+    return mean_interval([factor * value for value in found]) if found else None
+
+
+def geometric(rows: Sequence[Row], metric: str, setting: Setting) -> Estimate | None:
+    """Geometric mean over seeds; None where a value is not positive."""
+    found = values(rows, metric, setting)
+    return geometric_mean_interval(found) if found and min(found) > 0 else None
+
+
+def ratio(rows: Sequence[Row], metric: str, one: Setting | None, other: Setting | None) -> Estimate | None:
+    """Geometric mean of ``one`` over that of ``other``."""
+    if one is None or other is None:
+        return None
+    a, b = values(rows, metric, one), values(rows, metric, other)
+    return log_ratio_interval(a, b) if a and b and min(*a, *b) > 0 else None
+
+
+def seconds(rows: Sequence[Row], settings: Iterable[Setting]) -> float:
+    """What these settings cost, all seeds."""
+    metrics = ("train_seconds", "measure_seconds")
+    return sum(sum(values(rows, metric, setting)) for setting in settings for metric in metrics)
+
+
+def results(rows: Sequence[Row], setting: Setting) -> list[Any]:
+    """The cells below :data:`RESULTS`."""
+    tested = values(rows, "test_accuracy", setting)
+    return [
+        mean(rows, "test_accuracy", setting, factor=100),
+        100 * statistics.stdev(tested) if len(tested) > 1 else None,
+        mean(rows, "train_accuracy", setting, factor=100),
+        geometric(rows, "fit_loss", setting),
+        mean(rows, "norm", setting),
+        mean(rows, "conv_norm", setting),
+        mean(rows, "distance", setting),
+        int(sum(values(rows, "diverged", setting))),
+        round(seconds(rows, [setting]), 1),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ two settings
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Test accuracy of one setting minus another's, in points, over common seeds.
+
+    Attributes:
+        estimate: with the noise of seeds and of test images; without interval where they share one seed only.
+        paired: t test over common seeds alone.
+        welch: the same without pairing.
+    """
+
+    estimate: Estimate
+    paired: Comparison
+    welch: Comparison
+
+
+def gap(rows: Sequence[Row], one: Setting, other: Setting) -> Gap | None:
+    """Setting ``one`` minus setting ``other`` (factor values that pick each); None where they share no seed."""
+    a, b = _hits(rows, one), _hits(rows, other)
+    seeds = sorted(set(a) & set(b))
+    if not seeds:
+        return None
+    arms = [np.stack([arm[seed] for seed in seeds]) for arm in (a, b)]
+    # The generator is asked only from eight seeds on, where the interval is a bootstrap's.
+    found = hierarchical_bootstrap(*arms, rng=np.random.default_rng(0), common_seeds=True).scaled(100)
+    if len(seeds) == 1:
+        found = replace(found, low=math.nan, high=math.nan, method="difference of one seed: no interval")
+    means = [100 * arm.mean(axis=1) for arm in arms]
+    return Gap(found, paired(*means), welch(*means))
+
+
+def _hits(rows: Sequence[Row], setting: Setting) -> dict[int, np.ndarray]:
+    return {
+        row["seed"]: decode_hits(row["bits"], int(row["images"])).astype(float)
+        for row in finals(rows, "test_hits", **setting)
+    }
+
+
+def cap(verdict: Verdict, faithful: bool) -> Verdict:
+    """A scaled protocol can show a direction, never the paper's number."""
+    return Verdict.DIRECTION_ONLY if verdict is Verdict.REPRODUCED and not faithful else verdict
+
+
+def above(estimate: Estimate | None, bound: float) -> Verdict:
+    """For what is predicted to exceed ``bound``: the whole interval (*Reproduced*), the value alone, or neither."""
+    if estimate is None or math.isnan(estimate.value):
+        return Verdict.NOT_TESTABLE
+    if estimate.has_interval and estimate.low > bound:
+        return Verdict.REPRODUCED
+    return Verdict.DIRECTION_ONLY if estimate.value > bound else Verdict.NOT_REPRODUCED
+
+
+def survival(written: Estimate | None, controls: Mapping[str, Estimate | None]) -> tuple[Survives, str]:
+    """Does a gap above 0 outlive its controls?
+
+    Yes iff the interval of every control lies above 0; no iff that of some control lies below the gap as written (or
+    below 0); between the two the seeds do not decide, and it counts as not tested.
+    """
+    rule = "rule: yes iff every control's interval is above 0, no iff one lies wholly below the gap as written"
+    known = {name: found for name, found in controls.items() if found is not None and found.has_interval}
+    if written is None or len(known) < len(controls) or not known:
+        return Survives.NOT_TESTED, rule
+    told = f"{rule}; as written {written}; " + "; ".join(f"{name} {found}" for name, found in known.items())
+    if all(found.low > 0 for found in known.values()):
+        return Survives.YES, told
+    if any(found.high < max(written.value, 0.0) for found in known.values()):
+        return Survives.NO, told
+    return Survives.NOT_TESTED, f"{told}: undecided with these seeds"
+
+
+def test_words(found: Gap | None) -> str:
+    """Paired test with Welch's beside it."""
+    tests = () if found is None else (found.paired, found.welch)
+    return ", ".join(f"{test.name} p = {test.p_value:.2g}" for test in tests if not math.isnan(test.p_value))
+
+
+def gap_table(found: Mapping[tuple[str, ...], Gap], columns: Sequence[str], title: str) -> Table:
+    """One row a gap, under its key; Holm's correction over the whole table."""
+    p_values = {key: one.paired.p_value for key, one in found.items() if not math.isnan(one.paired.p_value)}
+    adjusted = holm(p_values) if p_values else {}
+    lines = [
+        [*key, one.estimate, one.paired.p_value, one.welch.p_value, adjusted.get(key)] for key, one in found.items()
+    ]
+    caption = (
+        "Differences over common seeds; intervals hold the noise of seeds and of test images (crossed), the tests that "
+        f"of seeds alone. Holm: over the paired p of all {len(p_values)} rows."
+    )
+    return Table(title, [*columns, "points of test accuracy", "paired p", "Welch p", "Holm p"], lines, caption)
