@@ -71,3 +71,19 @@ BATCH_LR: dict[int, float] = {32: 0.005, 64: 0.0075, 128: 0.01, 256: 0.02, 512: 
 ADAM_ACCURACY = (85.49, 85.64, 85.27)  # batch 128, lr 0.001
 FULL_BATCH_ACCURACY = (32.63, 32.80, 32.71)  # 80 steps at lr 0.001 on 5,000 images
 FULL_BATCH_TRAIN_ACCURACY = (36.48, 36.12, 37.38)
+
+# Experiment 3: batch 32 at lr 0.005 against batch 1024 at lr 0.08, one seed (42).
+GEOMETRY_LAMBDA = (0.193, 2.238)
+GEOMETRY_LAMBDA_RATIO = 11.8  # as the text states it
+GEOMETRY_LOSS = (2.92e-5, 1.13e-4)
+GEOMETRY_LAMBDA_OVER_LOSS_RATIO = 3.0  # (2.238 / 1.13e-4) / (0.193 / 2.92e-5)
+GEOMETRY_GAP = 1.61  # points of test accuracy
+GEOMETRY_NOISE: dict[float, tuple[float, float]] = {  # sigma: increase of the loss in percent
+    0.0005: (1.9, 3.4),
+    0.001: (3.3, 11.8),
+    0.002: (23.6, 52.3),
+    0.005: (158.0, 1932.0),
+    0.01: (5354.0, 46205.0),
+    0.02: (4.2e5, 1.3e6),
+    0.05: (3.5e7, 1.8e7),
+}
