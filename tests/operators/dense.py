@@ -2,9 +2,8 @@
 """Dense matrices by an independent route: PyTorch's own loss, and ``torch.func`` forward over reverse.
 
 Nothing of ``curvlab`` is used but the names of the chosen parameters: no problem, no engine, no loss formula.  Matrices
-are sums over batches, because BatchNorm may see them one by one.  Column by column, because ``torch.func.hessian``
-(that is, ``vmap``) gives second derivatives of LayerNorm and of BatchNorm with batch statistics that are 2 to 10 % off
-finite differences in PyTorch 2.14.
+are sums over batches, because BatchNorm may see them one by one.  With LayerNorm and with BatchNorm's batch statistics
+column by column: there ``torch.func.hessian`` (that is, ``vmap``) is 2 to 10 % off finite differences in PyTorch 2.14.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, linearize
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,6 +36,11 @@ class Whole:
         params = dict(self.model.named_parameters())
         self.shapes = {name: params[name].shape for name in names}
         self.theta = torch.cat([params[name].detach().reshape(-1) for name in names])
+        self.frozen_models: dict[int, nn.Module] = {}
+        self.batched = not any(
+            isinstance(module, nn.LayerNorm) or (isinstance(module, _BatchNorm) and self.mode == "batch")
+            for module in self.model.modules()
+        )
         if self.mode == "batch":
             for module in self.model.modules():
                 if isinstance(module, _BatchNorm):
@@ -46,7 +50,11 @@ class Whole:
     def outputs(self, theta: Tensor, x: Any) -> Tensor:
         pieces = theta.split([shape.numel() for shape in self.shapes.values()])
         values = {n: piece.reshape(shape) for piece, (n, shape) in zip(pieces, self.shapes.items(), strict=True)}
-        model = self.frozen(x) if self.mode == "frozen" else self.model
+        model = self.model
+        if self.mode == "frozen":
+            if id(x) not in self.frozen_models:
+                self.frozen_models[id(x)] = self.frozen(x)
+            model = self.frozen_models[id(x)]
         with sdpa_kernel(SDPBackend.MATH):
             if isinstance(x, dict):
                 return functional_call(model, values, (), x)
@@ -93,24 +101,25 @@ def _is_cross_entropy(loss: Any) -> bool:
 
 def _summed(case: Case, part: Callable[[Whole, Any, Tensor], Tensor]) -> Tensor:
     whole = Whole(case)
+    for x, _ in case.batches:
+        whole.outputs(whole.theta, x)  # frozen statistics are taken outside of any transform
     parts = [part(whole, x, y) for x, y in case.batches]
     return torch.stack(parts).sum(0) / whole.normalizer
 
 
-def by_columns(linear: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The matrix of a linear map of tensors shaped as ``like``: ``[results, like.numel()]``."""
-    unit = torch.eye(like.numel(), dtype=like.dtype).reshape(-1, *like.shape)
-    return torch.stack([linear(e).detach().reshape(-1) for e in unit], 1)
+def jacobian_of(function: Callable[[Tensor], Tensor], at: Tensor, *, batched: bool = True) -> Tensor:
+    """``[m, n]``, forward, all columns together unless told otherwise."""
+    unit = torch.eye(at.numel(), dtype=at.dtype).reshape(-1, *at.shape)
+
+    def column(e: Tensor) -> Tensor:
+        return jvp(function, (at,), (e,))[1].reshape(-1)
+
+    return (vmap(column)(unit) if batched else torch.stack([column(e) for e in unit])).T.detach()
 
 
-def hessian_of(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+def hessian_of(function: Callable[[Tensor], Tensor], at: Tensor, *, batched: bool = True) -> Tensor:
     """``[n, n]`` of a scalar function, forward over reverse."""
-    return by_columns(linearize(grad(function), at)[1], at)
-
-
-def jacobian_of(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """``[m, n]``, forward."""
-    return by_columns(lambda e: jvp(function, (at,), (e,))[1], at)
+    return jacobian_of(grad(function), at, batched=batched)
 
 
 def dense_loss(case: Case) -> Tensor:
@@ -125,12 +134,14 @@ def dense_gradient(case: Case) -> Tensor:
 
 def dense_hessian(case: Case) -> Tensor:
     """d2L/dtheta2 ``[P, P]``."""
-    return _summed(case, lambda w, x, y: hessian_of(lambda t: w.total(w.outputs(t, x), y), w.theta))
+    return _summed(case, lambda w, x, y: hessian_of(lambda t: w.total(w.outputs(t, x), y), w.theta, batched=w.batched))
 
 
 def dense_jacobian(case: Case) -> Tensor:
     """d outputs / dtheta ``[M, P]``, batches one after another."""
     whole = Whole(case)
+    for x, _ in case.batches:
+        whole.outputs(whole.theta, x)
     return torch.cat([jacobian_of(lambda t, x=x: whole.outputs(t, x), whole.theta) for x, _ in case.batches])
 
 
@@ -140,7 +151,7 @@ def dense_ggn(case: Case) -> Tensor:
     def part(w: Whole, x: Any, y: Tensor) -> Tensor:
         f = w.outputs(w.theta, x).detach()
         j = jacobian_of(lambda t: w.outputs(t, x), w.theta)
-        return j.T @ hessian_of(lambda o: w.total(o, y), f) @ j
+        return j.T @ hessian_of(lambda o: w.total(o, y), f, batched=False) @ j
 
     return _summed(case, part)
 

@@ -309,7 +309,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "ntk_scale": classified(lambda: nn.Sequential(Scaled(4, 5), nn.ReLU(), Scaled(5, 3)), 4, classes=3),
     "models_mlp": classified(lambda: MLP(3, in_features=4, num_classes=3, parametrization="ntk"), 4, classes=3),
     "models_cnn": classified(
-        lambda: CNN(1, image_size=8, num_classes=2).apply(_narrow), 3, 8, 8, classes=2, params="features.*"
+        lambda: CNN(1, image_size=8, num_classes=2).apply(_narrow),
+        3,
+        8,
+        8,
+        classes=2,
+        params=["features.?.*", "classifier.3.bias"],
     ),
     "conv_stride_padding": classified(_conv(2, 3, 3, stride=2, padding=1, features=8), 2, 6, 5, classes=3),
     "conv_dilation": classified(_conv(2, 2, 2, dilation=2, features=8, activation=nn.SiLU), 2, 5, 5, classes=3),
@@ -337,7 +342,9 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "functional": classified(Functional, 2, 4, 4, classes=2),
     "residual": classified(Residual, 2, 4, 4, classes=3, batch_norm="eval"),
-    "residual_batch": classified(Residual, 2, 4, 4, classes=3, batch_norm="batch"),
+    "residual_batch": classified(
+        Residual, 2, 4, 4, classes=3, batch_norm="batch", params=["norm.*", "down.1.*", "skip.*", "last.*"]
+    ),
     "concatenated": classified(Concatenated, 2, 4, 4, classes=2),
     "tied": classified(Tied, 4, classes=3),
     "unused": classified(Unused, 3, classes=2),

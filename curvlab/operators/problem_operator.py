@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all matrices of a problem share: an engine, the sum over processes, checks before the first product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlab.operators.base import LinearOperator
+from curvlab.operators.engines.protocol import Engine
+from curvlab.operators.engines.select import make_engine
+from curvlab.operators.modes import watch_attention
+from curvlab.operators.precision import relative_error
+from curvlab.operators.problem import Problem
+
+__all__ = ["ProblemOperator", "check_deterministic"]
+
+_CHECK_SAMPLES = 4
+
+
+class ProblemOperator(LinearOperator):
+    """A matrix over a problem's parameters; subclasses write ``_product(rows)``, of this process' batches alone.
+
+    Args:
+        problem: model, loss, parameters, data.
+        engine: ``"auto"``, ``"fused"``, ``"linearized"`` or ``"autograd"``.
+        precision: None: the problem's dtype; ``"bf16"``, ``"tf32"``: lower, with :attr:`precision_error`.
+        memory_budget: bytes for an engine's factors and temporaries.
+        product: what :func:`make_engine` compares with the judge.
+        is_psd: as declared.
+        shape: ``(P, P)`` by default.
+        is_symmetric: True by default.
+        options: passed to the engine.
+
+    Attributes:
+        problem: as given.
+        engine: what multiplies.
+        report: how it was picked, and its error on a few samples.
+
+    Raises:
+        ValueError: a model that is not deterministic, and what :func:`make_engine` refuses.
+        RuntimeError: the engine multiplies wrongly.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        engine: str = "auto",
+        precision: str | None = None,
+        memory_budget: int | None = None,
+        product: str = "hessian",
+        is_psd: bool = False,
+        shape: tuple[int, int] | None = None,
+        is_symmetric: bool = True,
+        **options: Any,
+    ) -> None:
+        if not isinstance(problem, Problem):
+            raise TypeError(f"{type(self).__name__}: problem must be a Problem, got {type(problem).__name__}")
+        check_deterministic(problem, type(self).__name__)
+        self.problem = problem
+        self.engine, self.report = make_engine(problem, engine, precision, memory_budget, product=product, **options)
+        self._precision, self._precision_error = precision, None
+        self._options = {"memory_budget": memory_budget, **options}
+        size = problem.num_params
+        layout = {name: param.shape for name, param in problem.params.items()}
+        super().__init__(
+            (size, size) if shape is None else shape,
+            problem.dtype,
+            problem.device,
+            is_symmetric=is_symmetric,
+            is_psd=is_psd,
+            layout=layout,
+        )
+
+    def _product(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has no product")
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self._reduced(self._product(rows))
+
+    def _reduced(self, product: Tensor) -> Tensor:
+        """The sum over the processes of the problem's group; every process gets it."""
+        if self.problem.process_group is not None:
+            product = product.contiguous()
+            torch.distributed.all_reduce(product, group=self.problem.process_group)
+        return product
+
+    @property
+    def precision_error(self) -> float:
+        """``||A_p v - A v|| / ||A v||`` for one Gaussian v, A in float32 on all data; 0 if no precision was asked for.
+
+        Costs one product in float32 on first use; a collective call where there is a process group.
+        """
+        if self._precision is None:
+            return 0.0
+        if self._precision_error is None:
+            generator = torch.Generator(self.device).manual_seed(0)
+            row = torch.randn(1, self.shape[1], dtype=self.dtype, device=self.device, generator=generator)
+            low, full = self._apply(row), _in_full_precision(self)
+            engine, self.engine = self.engine, full
+            try:
+                self._precision_error = relative_error(low, self._apply(row))
+            finally:
+                self.engine = engine
+        return self._precision_error
+
+
+def _in_full_precision(operator: ProblemOperator) -> Engine:
+    """The operator's kind of engine without a lower precision."""
+    build: Any = type(operator.engine)
+    return build(operator.problem, precision=None, **operator._options)
+
+
+def check_deterministic(problem: Problem, owner: str) -> None:
+    """Two forward passes of a few samples must agree; says once where attention takes its math path.
+
+    Raises:
+        ValueError: they differ (dropout that ``eval`` does not switch off, noise in the forward pass), or the loss does
+            not take the outputs.
+    """
+    inputs, targets = next(iter(problem.subset(_CHECK_SAMPLES).batches()))
+    with torch.no_grad(), watch_attention(owner):
+        first = problem.outputs(problem.params, inputs)
+    with torch.no_grad():
+        second = problem.outputs(problem.params, inputs)
+        if first.ndim == 0 or len(first) != len(targets):
+            raise ValueError(
+                f"{owner}: model must return [N, ...] with N == {len(targets)} (from the targets), "
+                f"got {list(first.shape)}"
+            )
+        problem.loss.total(first, targets)
+    # Atomic sums on a GPU may come in another order: rounding is no randomness.
+    difference = relative_error(second, first)
+    if difference > 100.0 * torch.finfo(first.dtype).eps:
+        raise ValueError(
+            f"{owner}: model must be deterministic, got outputs that differ by {difference:.1e} between two passes "
+            "over the same samples (dropout with training=True, or noise in the forward pass)"
+        )
