@@ -115,11 +115,9 @@ class KrylovSpace:
         shrink = self._norms[m : m + b]
         dots = vec.row_dots(near, products) / norms[:, None] ** 2
         new = self.rows[r : r + b]
-        torch.mul(products, torch.from_numpy(1 / shrink).to(products)[:, None], out=new)
-        vec.subtract_rows(new, (dots / shrink).T, near)
+        self._norms[r : r + b] = np.sqrt(vec.recur(products, 1 / shrink, (dots / shrink).T, near, new))
         self._relation[low:r, m : m + b] = dots
         self._relation[r : r + b, m : m + b] = np.diag(shrink)
-        self._norms[r : r + b] = vec.inner_products(new, new).sqrt().numpy()
         if not np.isfinite(self._norms[r : r + b]).all():
             raise ValueError("lanczos: A must give finite products, got an infinity or NaN")
         self.num_rows, self.num_multiplied = r + b, m + b
@@ -158,7 +156,6 @@ class KrylovSpace:
         new = self.rows[c:r]
         dots = vec.row_dots(self.rows[:r], new)
         inside, gram = dots[:c], dots[c:]
-        vec.subtract_rows(new, inside.T, self.rows[:c])
         lengths = np.sqrt(np.diag(gram))
         floor = np.finfo(float).tiny
         loss = np.linalg.norm(inside, axis=0) / np.maximum(lengths, floor)
@@ -167,7 +164,10 @@ class KrylovSpace:
         )
         if self.num_multiplied >= c and r > c:
             self._follow(float(loss.max()))
-        self._rescale(new, factor, kept)
+        if kept:
+            solved = np.zeros((len(kept), r - c))  # new - inside^T basis = factor^T q, solved for the orthonormal q
+            solved[:, kept] = np.linalg.inv(factor[:, kept]).T
+            vec.transform_rows(new, solved, solved @ inside.T, self.rows[:c])
         self._rewrite(c, r, inside, factor, kept)
         weights = weights[kept] * np.diag(factor[:, kept])
         return weights, bool(sharpest > CAREFUL and (loss < AGAIN).all()) or not kept
@@ -175,18 +175,9 @@ class KrylovSpace:
     def _follow(self, loss: float) -> None:
         """Length of the next panel from the loss of orthogonality measured on this one."""
         if loss > SHRINKING:
-            self._panel = max(1, self._panel - 1)
+            self._panel = max(1, self._panel // 2)
         elif loss < GROWING:
-            self._panel = min(MAX_PANEL, self._panel + 1)
-
-    def _rescale(self, new: Tensor, factor: np.ndarray, kept: list[int]) -> None:
-        """Replace ``new`` by the orthonormal rows q with new = factor^T q."""
-        if len(new) == 1 and kept:
-            new[0].mul_(1 / factor[0, 0])
-        elif kept:
-            solved = np.zeros((len(kept), len(new)))
-            solved[:, kept] = np.linalg.inv(factor[:, kept]).T
-            vec.combine_rows(solved, new, out=new[: len(kept)])
+            self._panel = min(MAX_PANEL, self._panel * 2)
 
     def _rewrite(self, c: int, r: int, inside: np.ndarray, factor: np.ndarray, kept: list[int]) -> None:
         """N <- C N C_m^-1 with C the old rows in terms of the new ones."""
@@ -236,13 +227,6 @@ class KrylovSpace:
         self._relation[:keep, :keep] = np.diag(values)
         self._relation[keep : self.num_rows, :keep] = couplings
         self._norms[:] = 1
-
-    def turn_candidates(self, rotation: np.ndarray) -> None:
-        """Replace the candidates F by ``rotation F``, ``[p, p]`` orthogonal: the first is the next to be multiplied."""
-        self.clean()
-        m, r = self.num_multiplied, self.num_rows
-        vec.combine_rows(rotation, self.rows[m:r], out=self.rows[m:r])
-        self._relation[m:r, :m] = rotation @ self._relation[m:r, :m]
 
 
 def _triangular(

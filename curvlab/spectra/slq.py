@@ -115,7 +115,7 @@ class SpectralDensity:
         return (self.weights[..., None] * below).sum(1).mean(0)
 
     def trace_of(self, function: Callable[[Tensor], Tensor]) -> TraceFunction:
-        """The trace of f(A), P mean_i sum_j w_ij f(theta_ij); ``function`` is elementwise on float64 ``[n, num_steps]``.
+        """The trace of f(A), P mean_i sum_j w_ij f(theta_ij), for an elementwise ``function`` of float64 tensors.
 
         Raises:
             ValueError: f is not finite at a node.
@@ -179,7 +179,7 @@ def slq_density(
         TypeError: A is no operator, or not float32 or float64.
         ValueError: num_probes or num_steps below 1; the budget holds not even one run; products not finite.
     """
-    size = vec.check_operator("slq_density", A)
+    size = vec.check_operator("slq_density", A, symmetric=True)
     for name, value in (("num_probes", num_probes), ("num_steps", num_steps)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"slq_density: {name} must be an integer of at least 1, got {value!r}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from curvlab.spectra import vectors as vec
 from curvlab.spectra.lanczos import KrylovSpace
 
-__all__ = ["TraceEstimate", "hutchinson_trace", "hutchpp_trace", "xtrace"]
+__all__ = ["MIN_PROBES", "TraceEstimate", "check_probes", "hutchinson_trace", "hutchpp_trace", "xtrace"]
 
 MIN_PROBES = 8
 """Probes before a tolerance may stop: a standard error from fewer stops early by luck too often."""
@@ -76,7 +76,7 @@ def hutchinson_trace(
         ValueError: both or bad num_probes and tol; products not finite.
     """
     size = vec.check_operator("hutchinson_trace", A)
-    target = _target("hutchinson_trace", num_probes, tol, max_probes, block_size)
+    target = check_probes("hutchinson_trace", num_probes, tol, max_probes, block_size)
     samples: list[float] = []
     with vec.progress_bar(progress, "trace", target) as show:
         for count in vec.probe_blocks(target, size, A.dtype.itemsize, block_size):
@@ -226,7 +226,12 @@ def _blocks(rows: Tensor, block_size: int | None) -> Sequence[Tensor]:
     return rows.split(sizes) if sizes else ()
 
 
-def _target(owner: str, num_probes: int | None, tol: float | None, max_probes: int, block_size: int | None) -> int:
+def check_probes(owner: str, num_probes: int | None, tol: float | None, max_probes: int, block_size: int | None) -> int:
+    """Probes to draw at most: ``num_probes`` (32 where none is given), or ``max_probes`` under a tolerance.
+
+    Raises:
+        ValueError: both num_probes and tol; one of the arguments out of range.
+    """
     if num_probes is not None and tol is not None:
         raise ValueError(f"{owner}: num_probes must be None where tol is given, got {num_probes} and tol {tol}")
     for name, value in (("num_probes", num_probes), ("max_probes", max_probes), ("block_size", block_size)):

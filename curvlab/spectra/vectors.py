@@ -28,13 +28,17 @@ __all__ = [
     "probe_blocks",
     "progress_bar",
     "random_signs",
+    "recur",
     "row_dots",
     "student_quantile",
     "subtract_rows",
+    "transform_rows",
 ]
 
-BLOCK = 1 << 16
-"""Columns a block: 12 float32 rows of it are read once (3 MiB), a row of it stays in the L2 cache (256 KiB)."""
+BLOCK = 1 << 14
+"""Columns a sum in the rows' own precision: on constant data, the worst case, float32 is then off by 1e-5 at most."""
+CACHED = 1 << 16
+"""Columns of which a few rows stay in the L2 cache (256 KiB a float32 row): several operations on them read once."""
 GROUP = 12
 """Basis rows a matrix product: MKL's product of 25 or more rows with 2 vectors takes twice a read, of 12 rows once."""
 
@@ -62,17 +66,19 @@ class Operator(Protocol):
         ...
 
 
-def check_operator(owner: str, operator: Any) -> int:
+def check_operator(owner: str, operator: Any, *, symmetric: bool = False) -> int:
     """P of a square operator of float32 or float64 with at least one row.
 
     Raises:
         TypeError: no ``apply_rows``; another dtype.
-        ValueError: not square, or empty.
+        ValueError: not square, empty, or declared not symmetric where it must be.
     """
     if not callable(getattr(operator, "apply_rows", None)):
         raise TypeError(f"{owner}: A must be a LinearOperator (with apply_rows), got {type(operator).__name__}")
     if operator.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{owner}: A must be float32 or float64, got {operator.dtype}")
+    if not getattr(operator, "is_symmetric", True) and symmetric:
+        raise ValueError(f"{owner}: A must be symmetric, got an operator declared not to be")
     rows, columns = operator.shape
     if rows != columns or rows < 1:
         raise ValueError(f"{owner}: A must be square with at least one row, got {rows} x {columns}")
@@ -99,17 +105,15 @@ def row_dots(basis: Tensor, rows: Tensor) -> np.ndarray:
     if basis.device.type != "cpu":
         with exact_products():
             return (basis @ rows.T).double().cpu().numpy()
-    if size <= BLOCK and (b == 1 or m <= GROUP):
-        return (basis @ rows.T).double().numpy() if b > 1 else torch.mv(basis, rows[0]).double().numpy()[:, None]
-    total = torch.zeros(m, b, dtype=torch.float64)
-    for start in range(0, size, BLOCK):
-        block, part = basis[:, start : start + BLOCK], rows[:, start : start + BLOCK]
+    starts = range(0, size, BLOCK)
+    parts = torch.empty(len(starts), m, b, dtype=basis.dtype)
+    for part, block, columns in zip(parts, basis.split(BLOCK, 1), rows.split(BLOCK, 1), strict=True):
         if b == 1:
-            total[:, 0] += torch.mv(block, part[0])
+            torch.mv(block, columns[0], out=part.view(m))
         else:
-            for group in range(0, m, GROUP):
-                total[group : group + GROUP] += block[group : group + GROUP] @ part.T
-    return total.numpy()
+            for out, group in zip(part.split(GROUP), block.split(GROUP), strict=True):
+                torch.mm(group, columns.T, out=out)
+    return parts.sum(0, dtype=torch.float64).numpy()
 
 
 def subtract_rows(rows: Tensor, coefficients: np.ndarray, basis: Tensor) -> None:
@@ -124,6 +128,19 @@ def subtract_rows(rows: Tensor, coefficients: np.ndarray, basis: Tensor) -> None
         rows.addmm_(weights, basis, alpha=-1)
 
 
+def transform_rows(rows: Tensor, change: np.ndarray, coefficients: np.ndarray, basis: Tensor) -> None:
+    """``rows[:k] = change rows - coefficients basis`` in place, ``[k, b]``, ``[k, m]``: one pass over all."""
+    k = len(change)
+    own, weights = (torch.from_numpy(np.ascontiguousarray(a)).to(rows) for a in (change, coefficients))
+    block = CACHED if rows.device.type == "cpu" else max(1, rows.shape[1])
+    with exact_products():
+        for columns, known in zip(rows.split(block, 1), basis.split(block, 1), strict=True):
+            if len(rows) == 1:
+                columns[0].mul_(own[0, 0]).addmv_(known.T, weights[0], alpha=-1)
+            else:
+                columns[:k] = torch.mm(own, columns).addmm_(weights, known, alpha=-1)
+
+
 def combine_rows(coefficients: np.ndarray, basis: Tensor, out: Tensor | None = None) -> Tensor:
     """``coefficients basis``, ``[b, P]`` from ``[b, m]`` and ``[m, P]``; ``out`` may be the first rows of ``basis``.
 
@@ -133,7 +150,7 @@ def combine_rows(coefficients: np.ndarray, basis: Tensor, out: Tensor | None = N
     if out is None:
         with exact_products():
             return weights @ basis
-    block = BLOCK if basis.device.type == "cpu" else 1 << 22
+    block = CACHED if basis.device.type == "cpu" else 1 << 22
     with exact_products():
         for start in range(0, basis.shape[1], block):
             out[:, start : start + block] = weights @ basis[:, start : start + block]
@@ -142,12 +159,40 @@ def combine_rows(coefficients: np.ndarray, basis: Tensor, out: Tensor | None = N
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """``<left[k], right[k]>`` for every row, float64 ``[K]`` on the host, summed in float64 across blocks."""
-    block = BLOCK if left.device.type == "cpu" else left.shape[1]
-    total = torch.zeros(len(left), dtype=torch.float64, device=left.device)
-    for start in range(0, left.shape[1], block):
-        a, b = left[:, start : start + block], right[:, start : start + block]
-        total += torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)])
-    return total.cpu()
+    block = BLOCK if left.device.type == "cpu" else max(1, left.shape[1])
+    parts = torch.zeros(len(left), -(-left.shape[1] // block), dtype=left.dtype, device=left.device)
+    for out, x, y in zip(parts, left, right, strict=True):
+        for i, (a, b) in enumerate(zip(x.split(block), y.split(block), strict=True)):
+            torch.dot(a, b, out=out[i])
+    return parts.sum(1, dtype=torch.float64).cpu()
+
+
+def recur(products: Tensor, scale: np.ndarray, coefficients: np.ndarray, near: Tensor, out: Tensor) -> np.ndarray:
+    """``out[j] = scale[j] products[j] - sum_i coefficients[j, i] near[i]``; returns the new rows' squared norms.
+
+    Three operations in the cache: products and ``near`` are read once, ``out`` is written once.
+    """
+    weights = torch.from_numpy(np.ascontiguousarray(coefficients)).to(out)
+    factors = torch.from_numpy(np.ascontiguousarray(scale)).to(out)[:, None]
+    block = CACHED if out.device.type == "cpu" else max(1, out.shape[1])
+    parts = torch.zeros(-(-out.shape[1] // block), len(out), dtype=torch.float64, device=out.device)
+    with exact_products():
+        columns = (products.split(block, 1), near.split(block, 1), out.split(block, 1))
+        for squares, p, n, o in zip(parts, *columns, strict=True):
+            torch.mul(p, factors, out=o)
+            if len(o) == 1:
+                o[0].addmv_(n.T, weights[0], alpha=-1)
+            else:
+                o.addmm_(weights, n, alpha=-1)
+            squares.copy_(_squares(o))
+    return parts.sum(0).cpu().numpy()
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Squared norms ``[K]`` of rows that lie in the cache."""
+    if rows.device.type != "cpu":
+        return torch.linalg.vecdot(rows, rows)
+    return inner_products(rows, rows)
 
 
 @contextmanager
