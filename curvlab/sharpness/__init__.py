@@ -5,18 +5,22 @@ from curvlab.sharpness.ascent import Ascent, box_sharpness, sam_ascent, worst_ca
 from curvlab.sharpness.batches import BatchSharpness, batch_sharpness
 from curvlab.sharpness.directions import filter_normalized, random_directions, weight_scale
 from curvlab.sharpness.evaluation import Evaluation, LossEvaluator, loss_and_gradient
+from curvlab.sharpness.measures import MEASURES, Gauge, Measure, measure, register, sharpness
 from curvlab.sharpness.perturbation import Flatness, average_flatness
 from curvlab.sharpness.slices import LossSlice, linear_barrier, loss_slice
 from curvlab.sharpness.symmetries import SYMMETRIES, Transformed, transform
 
 __all__ = [
+    "MEASURES",
     "SYMMETRIES",
     "Ascent",
     "BatchSharpness",
     "Evaluation",
     "Flatness",
+    "Gauge",
     "LossEvaluator",
     "LossSlice",
+    "Measure",
     "Transformed",
     "average_flatness",
     "batch_sharpness",
@@ -25,8 +29,11 @@ __all__ = [
     "linear_barrier",
     "loss_and_gradient",
     "loss_slice",
+    "measure",
     "random_directions",
+    "register",
     "sam_ascent",
+    "sharpness",
     "transform",
     "weight_scale",
     "worst_case_sharpness",

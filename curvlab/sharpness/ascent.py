@@ -202,8 +202,6 @@ def box_sharpness(
         return -loss, -down.cpu().numpy()
 
     base, _ = negative(0.0 * half)
-    found = minimize(
-        negative, 0.0 * half, jac=True, method="L-BFGS-B", bounds=Bounds(-half, half),
-        options={"maxiter": num_steps},
-    )  # fmt: skip
+    bounds: Any = Bounds(-half, half)  # type: ignore[arg-type]
+    found = minimize(negative, 0.0 * half, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": num_steps})
     return 100.0 * (base - min(float(found.fun), base)) / (1.0 - base)

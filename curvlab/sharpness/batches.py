@@ -60,11 +60,12 @@ def batch_sharpness(
 ) -> BatchSharpness:
     """Batch sharpness over random mini-batches, each drawn without replacement, in the problem's dtype.
 
-    In BatchNorm mode "batch" a mini-batch sees its own statistics, as in training.
+    In BatchNorm mode "batch" a mini-batch sees its own statistics, as in training. With a process group each process
+    draws ``num_batches`` from its share of the data, and all are returned everywhere.
 
     Args:
         problem: network, loss and data (all batches of this process are held in memory together).
-        batch_size: samples a mini-batch; all N of them: the full loss, and every batch the same.
+        batch_size: samples a mini-batch, up to the N of this process (then every batch is the full loss).
         num_batches: how many.
         generator: source of the draws.
 
@@ -83,6 +84,10 @@ def batch_sharpness(
     for _ in range(num_batches):
         chosen = torch.randperm(count, generator=generator, device=where)[:batch_size].to(targets.device)
         pairs.append(_curvature_along_gradient(problem, theta, _pick(samples, chosen, count), targets[chosen]))
+    if problem.process_group is not None:
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(problem.process_group)
+        torch.distributed.all_gather_object(gathered, pairs, group=problem.process_group)
+        pairs = [pair for part in gathered for pair in part]
     curvatures, squares = torch.tensor(pairs, dtype=torch.float64).unbind(1)
     return BatchSharpness(curvatures, squares, batch_size)
 

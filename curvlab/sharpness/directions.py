@@ -36,7 +36,7 @@ SCALES = ("absolute", "element", "filter", "layer")
 
 
 def draw_normal(count: int, size: int, problem: Problem, generator: torch.Generator | None) -> Tensor:
-    """Standard normal rows ``[count, size]`` in the problem's dtype and device.
+    """Standard normal rows ``[count, size]`` in the problem's dtype and device; those of the first process for all.
 
     Row by row: the numbers do not depend on how many are drawn at once.
     """
@@ -44,6 +44,8 @@ def draw_normal(count: int, size: int, problem: Problem, generator: torch.Genera
     rows = torch.empty(count, size, dtype=problem.dtype, device=problem.device)
     for k in range(count):
         rows[k] = torch.randn(size, dtype=problem.dtype, device=where, generator=generator)
+    if problem.process_group is not None:
+        torch.distributed.broadcast(rows, group=problem.process_group, group_src=0)
     return rows
 
 

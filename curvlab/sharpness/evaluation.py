@@ -108,14 +108,20 @@ class LossEvaluator:
 
     def _measure(self) -> tuple[int, int]:
         """Elements of the largest intermediate of one pass, and the samples that a pass takes."""
-        inputs, _ = next(iter(self.problem.batches()))
+        inputs, targets = next(iter(self.problem.batches()), (torch.empty(1), None))
         count = _num_samples(inputs)
         part = _narrow(inputs, 0, min(4, count)) if self._splits else inputs
         with torch.no_grad(), _Widest(self.problem.params) as probe:
-            self.problem.outputs(self.problem.params, part)
+            if targets is not None:  # None: a process without data
+                self.problem.outputs(self.problem.params, part)
         a_sample = -(-probe.elements // _num_samples(part))
         samples = max(1, min(count, PASS_ELEMENTS // a_sample)) if self._splits else count
-        return a_sample * samples, samples
+        widest = torch.tensor(a_sample * samples, device=self.problem.device)
+        if (
+            self.problem.process_group is not None
+        ):  # all processes take the same way in the same sweeps, or wait forever
+            torch.distributed.all_reduce(widest, torch.distributed.ReduceOp.MAX, group=self.problem.process_group)
+        return int(widest), samples
 
     @property
     def points_at_once(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from curvlab.operators.problem import Problem
 from curvlab.sharpness.directions import random_directions
@@ -136,7 +137,7 @@ def loss_slice(
 
     Raises:
         ValueError: directions of another shape or number, an empty extent, fewer than two points, a folder that holds
-            another slice.
+            another slice or comes with a process group.
     """
     if isinstance(directions, int):
         if directions not in (1, 2):
@@ -149,6 +150,8 @@ def loss_slice(
     counts = [num_points] * len(rows) if isinstance(num_points, int) else list(num_points)
     if len(counts) != len(rows) or min(counts) < 2:
         raise ValueError(f"loss_slice: num_points must be 2 or more for each direction, got {num_points!r}")
+    if folder is not None and problem.process_group is not None:
+        raise ValueError("loss_slice: folder must be None with a process group, got one: let one process keep tiles")
     if tile_points < 1:
         raise ValueError(f"loss_slice: tile_points must be at least 1, got {tile_points}")
     axes = tuple(_axis(extent, count) for count in counts)
@@ -221,14 +224,14 @@ def _description(problem: Problem, rows: Tensor, points: np.ndarray, tile_points
             digest.update(name.encode())
             add(tensor)
     for inputs, targets in problem.batches():
-        add(*[leaf for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)], targets)
+        add(*[leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)], targets)
     add(rows)
     digest.update(points.tobytes())
     for name, value in sorted(vars(problem.loss).items()):
         add(value) if isinstance(value, Tensor) else digest.update(f"{name}={value!r}".encode())
     digest.update(repr(problem.model).encode())  # the same weights with another activation are another network
-    facts = {"loss": type(problem.loss).__name__, "reduction": problem.reduction, "batch_norm": problem.batch_norm}
-    facts["tile_points"] = tile_points
+    facts: dict[str, Any] = {"loss": type(problem.loss).__name__, "reduction": problem.reduction}
+    facts |= {"batch_norm": problem.batch_norm, "tile_points": tile_points}
     digest.update(repr(sorted(facts.items())).encode())
     counts = {"num_params": problem.num_params, "num_samples": problem.num_samples, "points": len(points)}
     return {"hash": digest.hexdigest(), **facts, **counts, "directions": len(rows)}
