@@ -447,7 +447,10 @@ def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
         draw.set_axes(axes, xlabel="batch size", ylabel=label, log_x=True, log_y=True, x_ticks=sorted(config.batches))
         draw.add_legend(axes)
     caption = "Dots: seeds; markers: means with 95 % intervals over seeds. "
-    together = "The same networks against three things that change together as written."
+    together = (
+        "The same networks against three things that change together as written; numbers: batch sizes, each cell in "
+        "the color of its first arm."
+    )
     return [
         draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", caption + together, figure),
         draw.Figure("confounds", "What else the batch size changes", caption + "Geometric means.", more),
@@ -455,21 +458,32 @@ def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
 
 
 def accuracy_panel(axes: Axes, rows: Sequence[Row], config: Config, label: str, x_of: Callable[[Cell], float]) -> None:
-    """One panel of F1; the paper's means where the protocol is its own."""
+    """One panel of F1. Against the batch a line an arm, else a marker a cell, named by its batch; the paper's means."""
     ticks: set[float] = set()
+    drawn: set[Cell] = set()
+    by_batch, middle = label == "batch size", (len(config.batches) - 1) / 2
     for series, (arm, found) in enumerate(cells(config).items()):
-        shown: dict[float, list[float]] = {}
-        for cell in found.values():
+        line: list[tuple[float, float]] = []
+        for rank, (batch, cell) in enumerate(found.items()):
             accuracies = [100 * value for value in values(rows, "test_accuracy", cell.where)]
-            shown.setdefault(float(f"{x_of(cell):.4g}"), []).extend(accuracies)
-        shown = {x: group for x, group in shown.items() if group}
-        ticks |= set(shown)
-        if shown:  # cells that share an abscissa are one cloud there, and no line leads through it
-            draw.plot_groups(axes, shown, series=series, label=arm, connect=len(shown) == len(found))
+            if not accuracies or (cell in drawn and not by_batch):
+                continue
+            drawn.add(cell)
+            ticks.add(float(f"{x_of(cell):.4g}"))
+            # Side by side: arms that share a cell, or batches that share an abscissa, would hide each other.
+            x = x_of(cell) * (1.05 ** (series - 1) if by_batch else 1.06 ** (rank - middle))
+            draw.plot_groups(axes, {x: accuracies}, series=series, label="" if line else arm, connect=False)
+            line.append((x, statistics.mean(accuracies)))
+            if not by_batch:
+                axes.annotate(f"{batch}", line[-1], xytext=(-5, 4), textcoords="offset points", ha="right",
+                              fontsize=7.5, color=draw.SERIES[series])  # fmt: skip
+        if by_batch:
+            axes.plot(*zip(*line, strict=True), color=draw.SERIES[series], alpha=0.55)
     if is_as_written(config):
         written = cells(config)["as-written"]
         draw.plot_published(axes, list(map(x_of, written.values())), list(map(published, written)), label="paper")
     draw.set_axes(axes, xlabel=label, ylabel="test accuracy (%)", log_x=True, x_ticks=spaced(ticks))
+    axes.margins(x=0.1)
     draw.add_legend(axes)
 
 
