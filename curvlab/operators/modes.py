@@ -131,5 +131,5 @@ def watch_attention(owner: str) -> Iterator[None]:
         warnings.warn(
             f"{owner}: scaled_dot_product_attention runs by its math path, which has second derivatives: more memory "
             "than the fused paths, the same function to rounding",
-            stacklevel=4,
+            stacklevel=6,
         )

@@ -37,6 +37,7 @@ class Whole:
         self.shapes = {name: params[name].shape for name in names}
         self.theta = torch.cat([params[name].detach().reshape(-1) for name in names])
         self.frozen_models: dict[int, nn.Module] = {}
+        self.squared = case.loss is F.mse_loss or isinstance(case.loss, nn.MSELoss)
         self.batched = not any(
             isinstance(module, nn.LayerNorm) or (isinstance(module, _BatchNorm) and self.mode == "batch")
             for module in self.model.modules()
@@ -82,7 +83,7 @@ class Whole:
     def share(self, y: Tensor) -> float:
         """This batch's part of the normalizer of PyTorch's mean: the value of the sum over that of the mean."""
         loss = self.case.loss
-        if loss is F.mse_loss or isinstance(loss, nn.MSELoss):
+        if self.squared:
             return float(y.numel())
         weight = getattr(loss, "weight", None)
         if y.is_floating_point() or not _is_cross_entropy(loss):
@@ -90,7 +91,9 @@ class Whole:
         return float(sum((1.0 if weight is None else float(weight[i])) for i in y.reshape(-1).tolist() if i != -100))
 
     def total(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """PyTorch's mean over the batch, times the batch's share."""
+        """PyTorch's mean over the batch, times the batch's share; forward mode of its ``mse_loss`` raises in 2.14."""
+        if self.squared:
+            return (outputs - y).square().sum()
         return self.case.loss(outputs, y) * self.share(y)
 
 
@@ -151,7 +154,7 @@ def dense_ggn(case: Case) -> Tensor:
     def part(w: Whole, x: Any, y: Tensor) -> Tensor:
         f = w.outputs(w.theta, x).detach()
         j = jacobian_of(lambda t: w.outputs(t, x), w.theta)
-        return j.T @ hessian_of(lambda o: w.total(o, y), f, batched=False) @ j
+        return j.T @ hessian_of(lambda o: w.total(o, y), f) @ j
 
     return _summed(case, part)
 

@@ -60,9 +60,10 @@ class Engine(Protocol):
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
-    """One number that fixes all later draws of an engine; from the global generator where None is given."""
-    device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**62, (1,), generator=generator, device=device).item())
+    """One number that fixes all later draws of an engine; 0 for None, which leaves the global generator alone."""
+    if generator is None:
+        return 0
+    return int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
 
 
 def batch_generator(seed: int, index: int, device: torch.device) -> torch.Generator:
