@@ -310,17 +310,14 @@ def run_features(unit: FeatureSweep, run: Run, tools: Tools) -> dict[str, Any]:
 def cost(unit: Unit) -> float:
     """Seconds on one slow core, roughly."""
     if isinstance(unit, FeatureSweep):
-        return sum(1e-7 * unit.size * count + 4e-12 * min(unit.size, count) ** 2 * max(unit.size, count) * 5
-                   for count in unit.counts)  # fmt: skip
-    if unit.network == "mlp":
-        flops = 6 * (784 * unit.size + 2 * unit.size**2)
-    else:
-        flops = 6 * (3e4 * unit.size * 27 + 4e4 * unit.size**2)
+        return sum(2e-9 * unit.size * count * min(unit.size, count) for count in unit.counts)  # a decomposition each
+    c = unit.size
+    forward = 784 * c + 2 * c * c if unit.network == "mlp" else 4.75e4 * c + 3.6e4 * c * c  # multiply-adds a sample
     if isinstance(unit, Curvature):
-        return len(unit.seeds) * (0.5 + (40 + unit.trace_probes) * 2.5 * flops * unit.curvature_samples / 8e10)
+        return len(unit.seeds) * (0.5 + (40 + unit.trace_probes) * 16 * forward * unit.curvature_samples / 8e10)
     steps = unit.epochs * -(-unit.num_train // unit.batch_size)
-    overhead = 4e-4 if unit.network == "mlp" else 1.5e-2
-    return len(unit.seeds) * steps * (overhead + flops * unit.batch_size / 8e10)
+    overhead = 4e-4 if unit.network == "mlp" else 1e-2
+    return len(unit.seeds) * steps * (overhead + 6 * forward * unit.batch_size / 8e10)
 
 
 def forecast(unit: Unit, tools: Tools) -> float:

@@ -7,6 +7,9 @@ import time
 
 from torch import Tensor, nn
 
+from curvlab.operators.hessian import HessianOperator
+from curvlab.operators.problem import Problem
+from curvlab.spectra import hutchinson_trace, top_eigenpairs
 from curvlab.training.seeding import generator
 
 
@@ -17,9 +20,6 @@ def curvature_of(model: nn.Module, x: Tensor, y: Tensor, *, probes: int, seed: i
     standard error over ``probes`` random sign vectors); ``curvature_loss``, the loss on these samples;
     ``curvature_products``; ``measure_seconds``. ``seed`` names the starting vectors, not the network.
     """
-    from curvlab.operators import HessianOperator, Problem
-    from curvlab.spectra import hutchinson_trace, top_eigenpairs
-
     began = time.perf_counter()
     problem = Problem(model, nn.CrossEntropyLoss(), (x, y))
     hessian = HessianOperator(problem)
