@@ -49,7 +49,6 @@ class Derivatives:
     Args:
         problem: what is differentiated.
         channels_last: hold 4-d parameters and inputs that way; results come back in any memory format.
-        autocast: dtype of matrix products and convolutions, None for the problem's own.
         curvature: ``(piece, outputs, kind) -> B``.
     """
 
@@ -58,10 +57,9 @@ class Derivatives:
         problem: Problem,
         *,
         channels_last: bool,
-        autocast: torch.dtype | None,
         curvature: Callable[[Piece, Tensor, str], OutputCurvature],
     ) -> None:
-        self.problem, self.autocast, self.curvature = problem, autocast, curvature
+        self.problem, self.curvature = problem, curvature
         self.channels_last = channels_last
         self.theta = {name: self._laid_out(value) for name, value in problem.params.items()}
 
@@ -74,19 +72,11 @@ class Derivatives:
         return {name: value.detach().requires_grad_() for name, value in self.theta.items()}
 
     def outputs(self, params: Mapping[str, Tensor], piece: Piece) -> Tensor:
-        """``f(x; params)`` of the piece, differentiable, in the problem's dtype."""
+        """``f(x; params)`` of the piece, differentiable."""
         inputs = piece.inputs
         if isinstance(inputs, Tensor):
             inputs = self._laid_out(inputs)
-        with self._casting():
-            outputs = self.problem.outputs(params, inputs, statistics=piece.statistics)
-        return outputs if self.autocast is None else outputs.to(self.problem.dtype)
-
-    def _casting(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        # No cache: a cast that another map made belongs to that map's graph.
-        return torch.autocast(self.problem.device.type, self.autocast, cache_enabled=False)
+        return self.problem.outputs(params, inputs, statistics=piece.statistics)
 
     def loss(self, params: Mapping[str, Tensor], piece: Piece) -> Tensor:
         """The piece's part of L, 0-d."""
@@ -150,7 +140,16 @@ class Derivatives:
                     name: forward_ad.make_dual(leaf, self._laid_out(row))
                     for (name, leaf), row in zip(leaves.items(), rows, strict=True)
                 }
-                gradient = _backward([self.loss(duals, piece)], list(duals.values()), None)
+                outputs = self.outputs(duals, piece)
+                f, moved = forward_ad.unpack_dual(outputs)
+                if moved is None:  # outputs that no chosen parameter reaches
+                    return [None] * len(duals)
+                f, moved = f.detach(), moved.detach()
+                # The signal and its derivative by the loss' own formulas: fewer operations than its autograd, and the
+                # digits of a saturated softmax are kept.
+                signal = self.problem.loss.gradient(f, piece.targets) / self.problem.normalizer
+                change = self.curvature(piece, f, "loss")(moved.unsqueeze(0))[0] / self.problem.normalizer
+                gradient = _backward([outputs], list(duals.values()), [forward_ad.make_dual(signal, change)])
                 return [None if part is None else forward_ad.unpack_dual(part).tangent for part in gradient]
 
         return product
@@ -158,7 +157,7 @@ class Derivatives:
 
 @functools.cache
 def _load_forward_mode() -> None:
-    # The first dual tensor loads this module, which warns of torch.jit.script's end (PyTorch 2.14): not the user's doing.
+    # The first dual tensor loads this module, which warns of the end of torch.jit.script (PyTorch 2.14).
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("torch._decomp.decompositions_for_jvp")

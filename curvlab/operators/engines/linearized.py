@@ -44,7 +44,8 @@ class LinearizedEngine:
             a batch that does not fit at all is taken in parts where the samples are independent of each other
             (cross entropy and squared error; BatchNorm in mode "eval" or "frozen").  None: 4 GiB, on CUDA half of the
             free memory.
-        precision: None, ``"bf16"`` (matrix products and convolutions by autocast) or ``"tf32"`` (CUDA).
+        precision: None; ``"bf16"``: the network, its masks and softmax in float32, then all that a product multiplies
+            rounded (4 to 7 times more accurate than a network in bfloat16); ``"tf32"`` (CUDA).
         num_samples: draws a row of ``kind="monte_carlo"``.
         generator: where those draws come from; None: the global generator.
 
@@ -75,12 +76,11 @@ class LinearizedEngine:
         self.problem, self.precision = problem, precision
         self.memory_budget = default_budget(problem.device) if memory_budget is None else memory_budget
         self._num_samples, self._seed = num_samples, draw_seed(generator)
+        self._rounded = torch.bfloat16 if precision == "bf16" else None
         self._tensors = list(problem.params.values())
         self._schedules: dict[str, Schedule] = {}
-        autocast = torch.bfloat16 if precision == "bf16" else None
         self._derivatives = {
-            last: Derivatives(problem, channels_last=last, autocast=autocast, curvature=self._curvature)
-            for last in (False, True)
+            last: Derivatives(problem, channels_last=last, curvature=self._curvature) for last in (False, True)
         }
 
     @property
@@ -169,7 +169,9 @@ class LinearizedEngine:
 
     def _products(self, kind: str) -> Iterator[Product]:
         if kind not in self._schedules:
-            self._schedules[kind] = Schedule(self.problem, self._derivatives.__getitem__, kind, self.memory_budget)
+            self._schedules[kind] = Schedule(
+                self.problem, self._derivatives.__getitem__, kind, self.memory_budget, self._rounded
+            )
         schedule = self._schedules[kind]
         others = [other for other in self._schedules.values() if other is not schedule]
         if not schedule.is_complete and self._spare() < schedule.wanted_bytes:

@@ -144,13 +144,15 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(
-    function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor]
+    function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor], *, rounded: torch.dtype | None = None
 ) -> tuple[LinearProgram, Sequence[Tensor | None]]:
     """The program of ``function``, which must be linear in ``inputs``, and the results of this one run.
 
     Args:
         function: takes the inputs, returns a list of tensors; None stands for a zero result.  It may use autograd.
         inputs: example values; a replay takes others of the same shape, dtype and device.
+        rounded: multiply in this dtype: constants and inputs are rounded to it, the results come in it. What the
+            constants were computed from is not: masks and softmax are those of the full precision.
 
     Raises:
         Unrecordable: a Python value was taken out of an input, or memory was shared in a way a replay cannot repeat.
@@ -159,7 +161,7 @@ def record(
     with recorder:
         results = list(function(*inputs))
     outputs = [None if result is None else recorder.find(result.detach()) for result in results]
-    program = LinearProgram(recorder.steps, recorder.inputs, outputs)
+    program = LinearProgram(recorder.steps, recorder.inputs, outputs, rounded)
     return program, results
 
 
@@ -173,12 +175,18 @@ class LinearProgram:
         num_steps: operations in one replay.
     """
 
-    def __init__(self, steps: list[_Step], inputs: list[_Slot], outputs: list[_Slot | None]) -> None:
+    def __init__(
+        self,
+        steps: list[_Step],
+        inputs: list[_Slot],
+        outputs: list[_Slot | None],
+        rounded: torch.dtype | None = None,
+    ) -> None:
         steps = _live_steps(steps, outputs)
         self.recording_bytes = _bytes_of([slot.tensor for step in steps for slot in step.outputs if slot])
         steps = _accumulate_products(steps, outputs)
         self.temporary_bytes = _peak_bytes(steps, outputs, inputs)
-        self._run, self.constants = _compile(steps, inputs, outputs)
+        self._run, self.constants = _compile(steps, inputs, outputs, rounded)
         self.constant_bytes = _bytes_of(self.constants)
         self.num_steps = len(steps)
 
@@ -270,10 +278,10 @@ def _peak_bytes(steps: list[_Step], outputs: list[_Slot | None], inputs: list[_S
 
 
 def _compile(
-    steps: list[_Step], inputs: list[_Slot], outputs: list[_Slot | None]
+    steps: list[_Step], inputs: list[_Slot], outputs: list[_Slot | None], rounded: torch.dtype | None
 ) -> tuple[Callable[..., list[Any]], list[Tensor]]:
     """The steps as one Python function: straight-line code, values dropped after their last use."""
-    scope: dict[str, Any] = {}
+    scope: dict[str, Any] = {"rounded": rounded}
     constants: dict[int, Tensor] = {}
     last: dict[int, int] = {}
     for i, step in enumerate(steps):
@@ -285,7 +293,10 @@ def _compile(
         if isinstance(value, _Slot):
             return f"v{value.number}"
         if isinstance(value, Tensor):
-            value = constants.setdefault(id(value), value.detach())
+            if id(value) not in constants:
+                lower = rounded is not None and value.is_floating_point()
+                constants[id(value)] = value.detach().to(rounded) if lower else value.detach()
+            value = constants[id(value)]
         elif value is None or isinstance(value, bool | int):
             return repr(value)
         key = f"c{id(value)}"
@@ -293,6 +304,8 @@ def _compile(
         return key
 
     lines = [f"def run({', '.join(f'v{slot.number}' for slot in inputs)}):"]
+    if rounded is not None:
+        lines += [f"    v{slot.number} = v{slot.number}.to(rounded)" for slot in inputs]
     for i, step in enumerate(steps):
         args, kwargs = tree_unflatten([_Name(name(value)) for value in step.arguments], step.spec)
         scope[f"f{i}"] = step.function
