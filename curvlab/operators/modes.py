@@ -113,13 +113,16 @@ def math_attention() -> Iterator[None]:
 
 
 class _AttentionWatch(TorchFunctionMode):
-    """Whether ``F.scaled_dot_product_attention`` was called."""
+    """Whether ``F.scaled_dot_product_attention`` was called, by the model itself or by ``nn.MultiheadAttention``."""
 
     seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         self.seen |= func is functional.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
+        # A mode does not see the calls inside of this one; with weights asked for, it multiplies by itself.
+        self.seen |= func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine is picked, that its first product is checked, and that nothing falls back in silence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvlab.operators.engines import select
+from curvlab.operators.engines.autograd import AutogradEngine
+from curvlab.operators.engines.protocol import UnsupportedModel, batch_generator, draw_seed
+from curvlab.operators.engines.select import ENGINES, make_engine
+from curvlab.operators.hessian import HessianOperator
+from curvlab.operators.problem import Problem
+from tests.operators.models import CASES, normal
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Wrong(AutogradEngine):
+    """Right in its Hessian, wrong in its transposed Jacobian."""
+
+    def jacobian_transposed(self, outputs: Tensor) -> Tensor:
+        return super().jacobian_transposed(outputs) * 1.1
+
+
+class Nan(AutogradEngine):
+    def hessian(self, rows: Tensor) -> Tensor:
+        return rows * float("nan")
+
+
+class Declining(AutogradEngine):
+    def __init__(self, problem: Problem, **options: object) -> None:
+        raise UnsupportedModel("node tanh (Tanh) has no rule")
+
+
+class Talkative(AutogradEngine):
+    notes = ("captured nothing",)
+
+
+def only(monkeypatch, **engines: type) -> None:
+    monkeypatch.setattr(select, "ENGINES", {name: f"tests:{name}" for name in engines})
+    monkeypatch.setattr(select, "_load", engines.__getitem__)
+
+
+def test_auto_asks_the_fastest_first_and_reports():
+    assert list(ENGINES) == ["fused", "linearized", "autograd"]
+    engine, report = make_engine(CASES["act_relu"]().problem(torch.float32))
+    assert (engine.name, report.engine, report.declined) == ("fused", "fused", {})
+    assert 0.0 < report.check_error < 1e-6 and report.check_samples == 7
+    assert str(report).startswith("engine fused; ") and "off float64 autograd on 7 samples" in str(report)
+
+
+def test_what_declined_is_named(monkeypatch):
+    only(monkeypatch, first=Declining, second=Talkative)
+    engine, report = make_engine(CASES["act_tanh"]().problem())
+    assert isinstance(engine, Talkative)
+    assert report.declined == {"first": "node tanh (Tanh) has no rule"}
+    assert str(report).splitlines()[1:] == ["not first: node tanh (Tanh) has no rule", "captured nothing"]
+    with pytest.raises(UnsupportedModel, match="has no rule"):
+        make_engine(CASES["act_tanh"]().problem(), "first")
+    only(monkeypatch, first=Declining)
+    with pytest.raises(UnsupportedModel, match="no engine takes the model: first: node tanh"):
+        make_engine(CASES["act_tanh"]().problem())
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-4), (torch.float32, 0.1)])
+@pytest.mark.parametrize("asked", ["auto", "first"])
+def test_a_wrong_product_is_an_error_not_a_fallback(monkeypatch, dtype, off, asked):
+    class Off(Wrong):
+        def hessian(self, rows: Tensor) -> Tensor:
+            product = AutogradEngine.hessian(self, rows)
+            return product + off * product.roll(1, 1)
+
+    only(monkeypatch, first=Off, second=AutogradEngine)
+    with pytest.raises(RuntimeError, match="hessian product of engine 'first' must be within .* relative error of"):
+        make_engine(CASES["act_tanh"]().problem(dtype), asked)
+
+
+def test_a_product_that_is_not_finite_is_refused(monkeypatch):
+    only(monkeypatch, first=Nan)
+    with pytest.raises(RuntimeError, match="relative error of inf"):
+        make_engine(CASES["act_tanh"]().problem(torch.float32))
+
+
+def test_the_product_that_will_be_used_is_the_one_that_is_checked(monkeypatch):
+    only(monkeypatch, first=Wrong)
+    problem = CASES["act_tanh"]().problem(torch.float32)
+    assert make_engine(problem, product="ggn")[1].check_error < 1e-6
+    with pytest.raises(RuntimeError, match="jacobian product .* of 1.0e-01"):
+        make_engine(problem, product="jacobian")
+
+
+def test_the_judge_is_not_compared_with_itself():
+    report = make_engine(CASES["act_tanh"]().problem(), "autograd")[1]
+    assert math.isnan(report.check_error) and report.check_samples == 0
+    assert str(report) == "engine autograd"
+    report = make_engine(CASES["act_tanh"]().problem(torch.float32), "autograd")[1]
+    assert 0.0 < report.check_error < 1e-5
+    report = make_engine(CASES["act_tanh"]().problem(torch.float32), "autograd", precision="bf16")[1]
+    assert 1e-4 < report.check_error < report.tolerance == 0.2
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+def test_every_engine_gives_one_operator(engine):
+    problem = CASES["conv_stride_padding"]().problem()
+    rows = normal(3, problem.num_params, seed=4)
+    expected = AutogradEngine(problem).hessian(rows)
+    operator = HessianOperator(problem, engine=engine)
+    torch.testing.assert_close(operator.apply_rows(rows), expected, rtol=1e-9, atol=1e-13)
+
+
+def test_bad_arguments_are_refused():
+    problem = CASES["linear"]().problem()
+    with pytest.raises(ValueError, match="engine must be 'auto' or one of .*, got 'magic'"):
+        make_engine(problem, "magic")
+    with pytest.raises(ValueError, match="product must be .*, got 'fisher'"):
+        make_engine(problem, product="fisher")
+    with pytest.raises(ValueError, match="memory_budget must be at least"):
+        make_engine(problem, "autograd", memory_budget=10)
+
+
+def test_seeds_and_streams():
+    cpu = torch.device("cpu")
+    assert draw_seed(None) == 0
+    assert draw_seed(torch.Generator().manual_seed(3)) == draw_seed(torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    assert draw_seed(generator) != draw_seed(generator)
+    draws = [torch.rand(2, generator=batch_generator(2**62 - 1, index, cpu)) for index in (0, 1, 0)]
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
