@@ -34,9 +34,9 @@ from curvlab.spectra import vectors as vec
 __all__ = ["KrylovSpace"]
 
 MAX_PANEL = 4
-GROWING, SHRINKING = 1e-5, 1e-2  # measured loss of orthogonality at which the panel gets longer, shorter
+SHRINKING = 1e-2  # measured loss of orthogonality from which on the panel gets shorter
 AGAIN = 0.5  # share of a row's norm beyond which rounding of the part removed is left in it: a second pass follows
-CAREFUL = 1e-2  # the same for the square of the part of a row that is new among the rows cleaned together
+CAREFUL = 0.1  # the same for the square of the part of a row that is new among the rows cleaned together
 
 
 class KrylovSpace:
@@ -176,7 +176,7 @@ class KrylovSpace:
         """Length of the next panel from the loss of orthogonality measured on this one."""
         if loss > SHRINKING:
             self._panel = max(1, self._panel // 2)
-        elif loss < GROWING:
+        elif loss**2 < SHRINKING * self._eps:  # a loss of eps g^steps becomes loss^2 / eps with twice the steps
             self._panel = min(MAX_PANEL, self._panel * 2)
 
     def _rewrite(self, c: int, r: int, inside: np.ndarray, factor: np.ndarray, kept: list[int]) -> None:

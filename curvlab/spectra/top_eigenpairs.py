@@ -123,6 +123,7 @@ class _Search:
         self.num_products = 0
         self.space = KrylovSpace(1, 1, dtype=A.dtype, device=A.device)
         self.values, self.columns, self.residuals = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
+        self.exhausted: np.ndarray | None = None  # what was wanted when the recurrence last ended by itself
 
     def open(self, rows: Tensor, max_basis: int) -> None:
         """Make the space around the first block of rows."""
@@ -145,27 +146,28 @@ class _Search:
         if space.num_multiplied + self.block >= self.max_basis and space.num_multiplied + self.block < self.size:
             self._restart()
         if space.num_candidates == 0:
+            self.exhausted = np.zeros(0) if self.exhausted is None else self.exhausted
             self._fill(1)
         count = min(space.num_candidates, self.block, left)
         space.multiply(self.A, count)
         self.num_products += count
         self.values, self.columns, self.residuals = space.ritz()
 
-    def _wanted(self, count: int | None = None) -> np.ndarray:
-        """Indices of the wanted Ritz values, best first."""
-        count = min(self.k if count is None else count, len(self.values))
-        order = np.arange(len(self.values))
+    def _wanted(self, count: int | None = None, among: np.ndarray | None = None) -> np.ndarray:
+        """Indices of the wanted Ritz values (of those ``among``), best first."""
+        order = np.arange(len(self.values)) if among is None else among
+        count = min(self.k if count is None else count, len(order))
         if self.which == "LA":
             return order[::-1][:count]
         if self.which == "SA":
             return order[:count]
         if self.which == "LM":
-            return np.argsort(-np.abs(self.values), kind="stable")[:count]
+            return order[np.argsort(-np.abs(self.values[order]), kind="stable")][:count]
         low = count // 2
         return np.concatenate([order[::-1][: count - low], order[:low][::-1]])
 
     def _limits(self, wanted: np.ndarray) -> np.ndarray:
-        return np.maximum(self.tol * np.abs(self.values[wanted]), self.space.rounding())
+        return np.maximum(self.tol * np.abs(self.values[wanted]), 4 * self.space.rounding())
 
     def _found(self) -> bool:
         if len(self.values) < self.k:
@@ -173,13 +175,28 @@ class _Search:
         wanted = self._wanted()
         return bool((self.residuals[wanted] <= self._limits(wanted)).all())
 
+    def _complete(self) -> bool:
+        """Whether what the space leaves out can hide a wanted pair.
+
+        A space that ended by itself is blind to the rest, further copies of its eigenvalues among it. So a random
+        vector goes on from there, until that chain ends too without a change, or its own best pair is found.
+        """
+        if self.space.num_candidates == 0:
+            before, self.exhausted = self.exhausted, self.values[self._wanted()]
+            same = before is not None and len(before) == len(self.exhausted)
+            return same and bool((np.abs(before - self.exhausted) <= 4 * self.space.rounding()).all())
+        if self.exhausted is None:
+            return True
+        best = self._wanted(2 if self.which == "BE" else 1, np.flatnonzero(self.residuals > self.space.rounding()))
+        return bool((self.residuals[best] <= self._limits(best)).all())
+
     def finished(self, budget: int) -> bool:
         """Found, out of products, or the whole space is multiplied."""
         if self._found():
             if not self.space.is_clean:
                 self.space.clean()  # what the panel had lost may matter
                 self.values, self.columns, self.residuals = self.space.ritz()
-            if self._found():
+            if self._found() and self._complete():
                 return True
         return self.num_products >= budget or self.space.num_multiplied >= self.size
 
