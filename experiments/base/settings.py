@@ -150,19 +150,22 @@ def above(estimate: Estimate | None, bound: float) -> Verdict:
 def survival(written: Estimate | None, controls: Mapping[str, Estimate | None]) -> tuple[Survives, str]:
     """Does a gap above 0 outlive its controls?
 
-    Yes iff the interval of every control lies above 0; no iff some control's reaches 0 (or below) and lies wholly below
-    the gap as written; between the two the seeds do not decide, and it counts as not tested.
+    A control keeps it if its interval lies above 0 and its value is at least half of the gap as written. Yes iff every
+    control keeps it; no iff one does not, and its interval lies wholly below the gap as written (or below 0); between
+    the two the seeds do not decide, and it counts as not tested.
     """
     rule = (
-        "rule: yes iff every control's interval is above 0, no iff one reaches 0 and is wholly below the gap as written"
+        "rule: yes iff in every control the interval is above 0 and the value at least half as written, no iff one "
+        "fails this with its interval wholly below the gap as written"
     )
     known = {name: found for name, found in controls.items() if found is not None and found.has_interval}
     if written is None or len(known) < len(controls) or not known:
         return Survives.NOT_TESTED, rule
     told = f"{rule}; as written {written}; " + "; ".join(f"{name} {found}" for name, found in known.items())
-    if all(found.low > 0 for found in known.values()):
+    lost = [found for found in known.values() if not (found.low > 0 and found.value >= written.value / 2)]
+    if not lost:
         return Survives.YES, told
-    if any(found.low <= 0 and found.high < max(written.value, 0.0) for found in known.values()):
+    if any(found.high < max(written.value, 0.0) for found in lost):
         return Survives.NO, told
     return Survives.NOT_TESTED, f"{told}: undecided with these seeds"
 

@@ -67,6 +67,7 @@ def test_survival_has_three_outcomes() -> None:
     written = estimate(1.0, 2.0, 3.0)
     yes = {"a": estimate(0.1, 1.0, 1.9), "b": estimate(0.5, 2.0, 3.5)}
     assert survival(written, yes)[0] is Survives.YES  # smaller, and still there in both
+    assert survival(written, yes | {"b": estimate(0.1, 0.3, 0.5)})[0] is Survives.NO  # there, but not half of it
     assert survival(written, yes | {"b": estimate(-1.0, 0.2, 1.4)})[0] is Survives.NO
     assert survival(written, yes | {"b": estimate(-3.0, -2.0, -1.0)})[0] is Survives.NO
     assert survival(written, yes | {"b": estimate(-1.0, 1.0, 3.0)})[0] is Survives.NOT_TESTED

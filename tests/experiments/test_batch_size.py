@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts of the batch size study on synthetic rows whose laws are known: right both ways; its arms and units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from curvlab.runs.stats import Survives, Verdict
+from experiments import batch_size as study
+from experiments.base import paper
+from experiments.base.study import configure, load_study
+from tests.experiments.gaps import network_rows
+
+CPU = study.PRESETS["cpu"]
+FULL = study.Config(seeds=3)
+Law = Callable[[study.Cell], float]
+
+
+def fall(cell: study.Cell) -> float:
+    """As the paper's rows: points a doubling of the batch, at equal epochs."""
+    return 85.5 - 0.35 * math.log2(cell.batch_size / 32)
+
+
+def by_updates(epochs: int) -> Law:
+    """Accuracy that only the number of passes over the data at a given batch decides, that is the updates."""
+    return lambda cell: 85.5 - 0.35 * math.log2(cell.batch_size / 32 * epochs / cell.epochs)
+
+
+def synthetic(config: study.Config, law: Law, *, seeds: int = 3, noise: float = 0.05) -> list[dict]:
+    rows = []
+    for cell in dict.fromkeys(cell for arm in study.cells(config).values() for cell in arm.values()):
+        for seed in range(seeds):
+            wiggle = noise * ((seed * 7 + cell.batch_size) % 3 - 1)
+            updates = cell.epochs * study.steps_per_epoch(config, cell.batch_size)
+            loss = 1e-3 * cell.batch_size * cell.epochs / config.epochs * math.exp(wiggle)
+            more = {"fit_loss": loss, "conv_norm": 10 * (updates / 1000) ** 0.1 * math.exp(wiggle / 9)}
+            rows += network_rows(cell.where, seed, law(cell) + wiggle, updates=float(updates), **more)
+    return rows
+
+
+def verdicts(rows: list[dict], config: study.Config) -> dict[str, tuple[Verdict, Survives]]:
+    return {claim.id: (claim.verdict, claim.survives) for claim in study.claims(rows, config)}
+
+
+def test_the_papers_fall_is_reproduced_and_survives_when_only_the_batch_matters() -> None:
+    found = verdicts(synthetic(FULL, fall), FULL)
+    assert found["ends"] == found["gap"] == found["trend"] == (Verdict.REPRODUCED, Survives.YES)
+    assert found["equal_ratio"][0] is found["equal_updates"][0] is Verdict.REPRODUCED
+    assert found["fit"][0] is Verdict.REPRODUCED
+    assert found["loss"][0] is found["norms"][0] is Verdict.REPRODUCED
+
+
+def test_a_gap_that_only_the_updates_made_does_not_survive() -> None:
+    found = verdicts(synthetic(FULL, by_updates(FULL.epochs)), FULL)
+    assert found["ends"] == found["gap"] == (Verdict.REPRODUCED, Survives.NO)
+    assert found["trend"] == (Verdict.REPRODUCED, Survives.NO)
+    assert found["equal_ratio"][0] is Verdict.REPRODUCED and found["equal_updates"][0] is not Verdict.REPRODUCED
+
+
+def test_a_rise_is_not_reproduced() -> None:
+    found = verdicts(synthetic(FULL, lambda cell: 80 + 0.3 * math.log2(cell.batch_size)), FULL)
+    assert {found[name][0] for name in ("ends", "gap", "trend", "equal_ratio")} == {Verdict.NOT_REPRODUCED}
+
+
+def test_a_scaled_protocol_shows_directions_at_best() -> None:
+    found = verdicts(synthetic(CPU, fall), CPU)
+    assert found["ends"][0] is found["fit"][0] is Verdict.NOT_TESTABLE
+    assert found["gap"] == found["trend"] == (Verdict.DIRECTION_ONLY, Survives.YES)
+    claim = next(claim for claim in study.claims(synthetic(CPU, fall), CPU) if claim.id == "gap")
+    assert claim.paper == pytest.approx(1.24, abs=0.01) and "scaled protocol" in claim.note and "paired t" in claim.note
+    smoke = study.PRESETS["smoke"]
+    assert {verdict for verdict, _ in verdicts(synthetic(smoke, fall), smoke).values()} == {Verdict.NOT_TESTABLE}
+    assert {verdict for verdict, _ in verdicts([], CPU).values()} == {Verdict.NOT_TESTABLE}
+
+
+def test_one_seed_is_a_direction() -> None:
+    rows = synthetic(FULL, fall, seeds=1)
+    found = verdicts(rows, FULL)
+    assert found["ends"] == (Verdict.DIRECTION_ONLY, Survives.NOT_TESTED)
+    assert found["trend"][0] is Verdict.DIRECTION_ONLY
+
+
+def test_arms_hold_what_they_say_and_share_cells() -> None:
+    arms = study.cells(study.Config())
+    assert {b: c.lr for b, c in arms["as-written"].items()} == paper.BATCH_LR
+    assert {round(c.lr / b / (0.01 / 128), 9) for b, c in arms["equal-ratio"].items()} == {1.0}
+    for batch, cell in arms["equal-updates"].items():
+        steps = math.ceil(50_000 / batch)
+        assert cell.lr == paper.BATCH_LR[batch] and abs(cell.epochs * steps - 31_280) <= steps / 2
+    assert all(arms["as-written"][b] == arms["equal-ratio"][b] for b in (128, 256, 512, 1024))
+    units = study.expand(CPU)
+    # 3 as written, batch 32 at half the rate, two more numbers of epochs: 6 cells of 3 seeds
+    assert len(units) == 18 and len({unit.stage for unit in units}) == 18
+    assert {(u.batch_size, u.lr, u.epochs) for u in units} >= {(32, 0.0025, 20), (32, 0.005, 5), (512, 0.04, 80)}
+    assert units[0].stage.network.batch_norm and units[0].stage.samples.num_train == 5000
+
+
+def test_presets_are_the_papers_and_its_scaled_copy() -> None:
+    full = study.PRESETS["paper"]
+    assert full == study.Config() and full.batches == (32, 64, 128, 256, 512, 1024, 2048) and full.epochs == 80
+    assert study.is_as_written(full) and not study.is_as_written(CPU) and study.has_papers_rates(CPU)
+    assert (CPU.channels, CPU.num_train, CPU.seeds, CPU.batches) == (8, 5000, 3, (32, 128, 512))
+    assert study.cost(study.expand(full)[0]) > 20 * study.cost(study.expand(CPU)[0])
+
+
+def test_tables_figures_and_laws() -> None:
+    rows = synthetic(CPU, fall)
+    table, gaps = study.tables(rows, CPU)
+    assert len(table.rows) == 9 and len(gaps.rows) == 6
+    assert table.rows[0][table.columns.index("paper %")] == 85.52
+    assert [line[table.columns.index("updates")] for line in table.rows[-3:]] == [785, 800, 800]
+    figures = study.figures(rows, CPU)
+    assert [figure.name for figure in figures] == ["accuracy", "confounds"] and "equal-updates" in figures[0].svg()
+    assert "paper" in study.figures(synthetic(FULL, fall), FULL)[0].svg()
+    assert [law.holds for law in study.laws(rows, CPU)] == [True]
+    for row in rows:
+        if row["metric"] == "updates" and row["epochs"] == 80:
+            row["value"] = 812.0
+    assert [law.holds for law in study.laws(rows, CPU)] == [False]
+    smoke = study.PRESETS["smoke"]
+    good = synthetic(smoke, fall)
+    assert [law.holds for law in study.laws(good, smoke)] == [True, True, False]  # the losses here rise with epochs
+    assert all(note for note in study.notes(rows, CPU))
+
+
+def test_overrides_parse_and_nonsense_is_refused() -> None:
+    config = configure(load_study("batch_size"), "cpu", ["seeds=1", "batches=32,128", "lrs=0.01,0.02"])
+    assert (config.seeds, config.batches, config.lrs) == (1, (32, 128), (0.01, 0.02))
+    wrong: list[dict] = [
+        {"batches": (32,), "lrs": (0.1,)}, {"batches": (128, 32)}, {"reference": 100}, {"seeds": 0}, {"arms": ()},
+        {"arms": ("equal-ratio",)}, {"epochs": 0}, {"batches": (128, 128), "lrs": (0.1, 0.1)},
+    ]  # fmt: skip
+    for change in wrong:
+        with pytest.raises(ValueError, match=r"Config|Recipe"):
+            study.Config(**change)
