@@ -37,7 +37,7 @@ class FisherOperator(ProblemOperator):
         problem: model, loss, parameters, data.
         kind: ``"exact"`` or ``"monte_carlo"``. The draws are made once: all products are of one matrix.
         num_samples: S, draws a sample (a position) for ``"monte_carlo"``.
-        generator: source of the draws; None: the global generator.
+        generator: source of the draws; None: one fixed stream.
         engine: as of ``HessianOperator``.
         precision: as of ``HessianOperator``.
         memory_budget: as of ``HessianOperator``.

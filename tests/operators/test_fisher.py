@@ -34,7 +34,7 @@ def case_of(loss: object, targets: Tensor) -> Case:
 
 def sample_gradients(case: Case, loss: object) -> Tensor:
     """``[N, P]``: plain autograd, sample by sample, of ``loss(outputs, target)``."""
-    params = dict(case.model.named_parameters())
+    params: dict[str, Tensor] = dict(case.model.named_parameters())
     found = []
     for inputs, targets in case.batches:
         for x, y in zip(inputs.split(1), targets.split(1), strict=True):
@@ -61,7 +61,7 @@ def test_exact_fisher_is_the_expected_outer_product(name: str, engine: str) -> N
 def test_exact_fisher_by_summing_over_all_labels() -> None:
     """The definition itself: sum_c p_c g(c) g(c)^T for every sample, gradients in theta by autograd."""
     case = case_of(nn.CrossEntropyLoss(), labels(7, classes=3))
-    model, params = case.model, dict(case.model.named_parameters())
+    model, params = case.model, dict[str, Tensor](case.model.named_parameters())
     dense = torch.zeros(31, 31, dtype=F64)
     for inputs, _ in case.batches:
         for x in inputs.split(1):

@@ -25,10 +25,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from curvlab.operators.engines.pieces import Piece
+from curvlab.operators.engines.protocol import UnsupportedModel
 from curvlab.operators.losses import OutputCurvature
 from curvlab.operators.problem import Problem
 
-__all__ = ["Derivatives", "LinearMap", "directions", "wants_channels_last"]
+__all__ = ["Derivatives", "LinearMap", "check_twice_differentiable", "directions", "wants_channels_last"]
 
 LinearMap = Callable[..., Sequence["Tensor | None"]]
 
@@ -176,7 +177,7 @@ def _backward(
     if not pairs:
         return [None] * len(inputs)
     with torch.enable_grad() if create_graph else contextlib.nullcontext():
-        return torch.autograd.grad(
+        results = torch.autograd.grad(
             [out for out, _ in pairs],
             inputs,
             None if cotangents is None else [w for _, w in pairs if w is not None],
@@ -184,6 +185,33 @@ def _backward(
             retain_graph=True,
             allow_unused=True,
         )
+    if create_graph:
+        check_twice_differentiable(results)
+    return results
+
+
+def check_twice_differentiable(gradients: Sequence[Tensor | None]) -> None:
+    """Refuse a gradient graph that goes through a function marked ``once_differentiable``.
+
+    PyTorch puts a node there that raises when it is reached, but ``torch.autograd.grad(outputs, inputs)`` never reaches
+    a node that leads to no input: the second derivative comes out without that function's part, and without an error.
+
+    Raises:
+        UnsupportedModel: there is such a node.
+    """
+    seen: set[Any] = set()
+    stack = [tensor.grad_fn for tensor in gradients if tensor is not None and tensor.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name().rpartition("::")[2] in ("Error", "DelayedError"):
+            raise UnsupportedModel(
+                "model must be differentiable twice, got a torch.autograd.Function whose backward is marked "
+                "once_differentiable"
+            )
+        stack += [following for following, _ in node.next_functions if following is not None]
 
 
 def directions(rows: Tensor, like: Sequence[Tensor]) -> Iterator[list[Tensor]]:

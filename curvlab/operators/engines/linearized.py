@@ -47,7 +47,7 @@ class LinearizedEngine:
         precision: None; ``"bf16"``: the network, its masks and softmax in float32, then all that a product multiplies
             rounded (4 to 7 times more accurate than a network in bfloat16); ``"tf32"`` (CUDA).
         num_samples: draws a row of ``kind="monte_carlo"``.
-        generator: where those draws come from; None: the global generator.
+        generator: where those draws come from; None: one fixed stream.
 
     Attributes:
         routes: map -> how it is carried out.
@@ -87,6 +87,11 @@ class LinearizedEngine:
     def routes(self) -> dict[str, str]:
         """Map -> how it is carried out, and why not in the ways that come before; for the maps used so far."""
         return {kind: "; ".join([str(s.route), *s.notes]) for kind, s in self._schedules.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """:attr:`routes`, for a report."""
+        return [f"{kind}: {route}" for kind, route in self.routes.items()]
 
     # The protocol
 
