@@ -46,7 +46,8 @@ class Problem:
         reduction: ``"mean"`` divides by Z, ``"sum"`` does not.
         batch_norm: ``"eval"`` (running statistics), ``"frozen"`` (statistics of each batch at theta, then constants),
             ``"batch"`` (statistics of each batch, differentiated).
-        process_group: sum N and Z, and later every product, over its processes; each passes its own share of the data.
+        process_group: sum N and Z, and later every product, over its processes; each passes its own
+            share of the data, at least one sample.
 
     Attributes:
         model: the private copy; its structure is what counts, its values are those of :attr:`params` and others.
@@ -89,8 +90,7 @@ class Problem:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Problem: model must be an nn.Module, got {type(model).__name__}")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        model = _unwrapped(model)
         if reduction not in get_args(Reduction):
             raise ValueError(f"Problem: reduction must be 'mean' or 'sum', got {reduction!r}")
         if getattr(loss, "reduction", "mean") == "sum" and reduction == "mean":
@@ -116,8 +116,8 @@ class Problem:
             object.__setattr__(self, name, value)
         self._count(some.device)
 
-    def _count(self, device: torch.device) -> None:
-        """Set N and Z, summed over the processes."""
+    def _count(self, device: torch.device, *, may_weigh_nothing: bool = False) -> None:
+        """Set N and Z, summed over the processes; Z is 1 where no target counts: the loss is 0 there."""
         samples, weight = 0, 0.0
         for _, targets in self.data:
             samples += len(targets)
@@ -128,10 +128,10 @@ class Problem:
             samples, weight = int(counts[0].item()), counts[1].item()
         if samples == 0:
             raise ValueError("Problem: data must hold at least one sample, got none")
-        if self.reduction == "mean" and not weight > 0.0:
+        if self.reduction == "mean" and not weight > 0.0 and not may_weigh_nothing:
             raise ValueError(f"Problem: data must hold a target that counts for reduction 'mean', got Z = {weight}")
         object.__setattr__(self, "num_samples", samples)
-        object.__setattr__(self, "normalizer", weight if self.reduction == "mean" else 1.0)
+        object.__setattr__(self, "normalizer", weight if self.reduction == "mean" and weight > 0.0 else 1.0)
 
     @property
     def num_params(self) -> int:
@@ -212,7 +212,7 @@ class Problem:
         if n < 1:
             raise ValueError(f"subset: n must be at least 1, got {n}")
         smaller = self._with(data=first_samples(self.data, n), process_group=None)
-        smaller._count(self.device)
+        smaller._count(self.device, may_weigh_nothing=True)
         return smaller
 
     def with_params(self, params: Mapping[str, Tensor], *, buffers: Mapping[str, Tensor] | None = None) -> Problem:
@@ -243,6 +243,12 @@ class Problem:
         for name, value in changes.items():
             object.__setattr__(other, name, value)
         return other
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself: compiled graphs have no second derivative, and gradient hooks of DDP have no place here."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def _checked(params: Mapping[str, Tensor], name: str, own: Tensor) -> Tensor:

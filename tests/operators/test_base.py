@@ -78,7 +78,7 @@ def test_products_are_counted_by_vectors():
     shifted = operator.shift(1.0)
     assert operator.num_products == 0
     shifted.apply_rows(normal(3, 6))
-    operator @ normal(6)
+    assert (operator @ normal(6)).shape == (6,)
     assert (operator.num_products, shifted.num_products) == (4, 3)
     operator.to_dense(block=4)
     operator.apply_rows(normal(0, 6))

@@ -60,7 +60,7 @@ def test_the_model_is_left_as_it_was(mode):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(module.training for module in model.modules())
     assert all(param.grad is None for param in model.parameters())
-    buffers = {name: value for name, value in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     assert all(torch.equal(value, buffers[name]) for name, value in problem.buffers.items())
 
 
@@ -95,12 +95,19 @@ def test_which_parameters_are_chosen():
     chosen = small(params="2.bias")
     assert list(chosen.fixed) == ["0.weight", "0.bias", "2.weight"] and chosen.num_params == 2
     model = net()
-    model[0].weight.requires_grad_(False)
+    model.get_parameter("0.weight").requires_grad_(False)
     data = (normal(7, 3), labels(7, classes=2))
     assert "0.weight" not in Problem(model, nn.CrossEntropyLoss(), data).params
     assert list(Problem(model, nn.CrossEntropyLoss(), data, params="0.weight").params) == ["0.weight"]
     tied = Problem(seeded(Tied), nn.CrossEntropyLoss(), (normal(5, 4), labels(5, classes=3)), params="second.weight")
     assert list(tied.params) == ["first.weight"]
+
+
+def test_a_compiled_model_is_unwrapped():
+    compiled = Problem(torch.compile(net()), nn.CrossEntropyLoss(), (normal(7, 3), labels(7, classes=2)))
+    rows = normal(1, compiled.num_params)
+    assert list(compiled.params) == list(small().params)
+    assert torch.equal(AutogradEngine(compiled).hessian(rows), AutogradEngine(small()).hessian(rows))
 
 
 def test_rows_and_parameters():
@@ -163,7 +170,7 @@ def test_a_steady_loader_is_taken_and_a_shuffling_one_refused():
     generator = torch.Generator().manual_seed(0)
     shuffling = DataLoader(data, batch_size=3, shuffle=True, generator=generator)
     problem = Problem(net(), nn.CrossEntropyLoss(), shuffling)
-    with pytest.raises(ValueError, match="same batches on every pass .*shuffle=False"):
+    with pytest.raises(ValueError, match=r"same batches on every pass .*shuffle=False"):
         AutogradEngine(problem).hessian(rows)
     dropping = DataLoader(data, batch_size=3, shuffle=True, drop_last=True, generator=generator)
     with pytest.raises(ValueError, match="same batches"):

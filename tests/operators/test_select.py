@@ -15,7 +15,7 @@ from curvlab.operators.engines.protocol import UnsupportedModel, batch_generator
 from curvlab.operators.engines.select import ENGINES, make_engine
 from curvlab.operators.hessian import HessianOperator
 from curvlab.operators.problem import Problem
-from tests.operators.models import CASES, normal
+from tests.operators.models import CASES, labels, normal, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,7 +76,7 @@ def test_a_wrong_product_is_an_error_not_a_fallback(monkeypatch, dtype, off, ask
             return product + off * product.roll(1, 1)
 
     only(monkeypatch, first=Off, second=AutogradEngine)
-    with pytest.raises(RuntimeError, match="hessian product of engine 'first' must be within .* relative error of"):
+    with pytest.raises(RuntimeError, match=r"hessian product of engine 'first' must be within .* relative error of"):
         make_engine(CASES["act_tanh"]().problem(dtype), asked)
 
 
@@ -86,11 +86,31 @@ def test_a_product_that_is_not_finite_is_refused(monkeypatch):
         make_engine(CASES["act_tanh"]().problem(torch.float32))
 
 
+def test_samples_that_do_not_count_and_batches_of_one_are_no_obstacle():
+    case = CASES["ignored"]()
+    x, y = normal(12, 3), torch.full((12,), -100)
+    y[10:] = 1
+    padded = Problem(case.model, case.loss, (x, y)).to(torch.float32)
+    assert make_engine(padded, "linearized")[1].check_error == 0.0
+    norm = CASES["bn1d_batch"]()
+    odd = Problem(norm.model, norm.loss, split(normal(14, 3), labels(14, classes=3), [7, 7]), batch_norm="batch")
+    assert make_engine(odd.to(torch.float32), "autograd")[1].check_samples == 7
+
+
+def test_a_hessian_below_the_range_of_float32_is_no_wrong_product():
+    case = CASES["linear"]()
+    y = torch.tensor([0, 1, 2])
+    far = Problem(case.model, case.loss, (200.0 * torch.eye(3, 4, dtype=torch.float64), y)).with_params(
+        {"weight": torch.eye(3, 4), "bias": torch.zeros(3)}
+    )
+    assert make_engine(far.to(torch.float32), "autograd")[1].check_error == 0.0
+
+
 def test_the_product_that_will_be_used_is_the_one_that_is_checked(monkeypatch):
     only(monkeypatch, first=Wrong)
     problem = CASES["act_tanh"]().problem(torch.float32)
     assert make_engine(problem, product="ggn")[1].check_error < 1e-6
-    with pytest.raises(RuntimeError, match="jacobian product .* of 1.0e-01"):
+    with pytest.raises(RuntimeError, match=r"jacobian product .* of 1.0e-01"):
         make_engine(problem, product="jacobian")
 
 
@@ -115,9 +135,9 @@ def test_every_engine_gives_one_operator(engine):
 
 def test_bad_arguments_are_refused():
     problem = CASES["linear"]().problem()
-    with pytest.raises(ValueError, match="engine must be 'auto' or one of .*, got 'magic'"):
+    with pytest.raises(ValueError, match=r"engine must be 'auto' or one of .*, got 'magic'"):
         make_engine(problem, "magic")
-    with pytest.raises(ValueError, match="product must be .*, got 'fisher'"):
+    with pytest.raises(ValueError, match=r"product must be .*, got 'fisher'"):
         make_engine(problem, product="fisher")
     with pytest.raises(ValueError, match="memory_budget must be at least"):
         make_engine(problem, "autograd", memory_budget=10)
