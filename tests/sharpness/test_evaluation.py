@@ -122,6 +122,19 @@ def test_the_way_follows_the_size_of_the_network() -> None:
     assert (LossEvaluator(small).way, LossEvaluator(large).way) == ("stacked", "loop")
 
 
+def test_a_network_that_vmap_refuses_goes_by_the_loop() -> None:
+    class Branching(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            z = super().forward(input)
+            return z if z.sum() > 0 else -z
+
+    torch.manual_seed(0)
+    model, x, y = Branching(3, 2).double(), torch.randn(5, 3, dtype=F64), torch.tensor([0, 1, 1, 0, 1])
+    evaluator = LossEvaluator(Problem(model, nn.CrossEntropyLoss(), (x, y)))
+    assert evaluator.way == "loop"
+    assert evaluator.base().losses.item() == pytest.approx(functional.cross_entropy(model(x), y).item(), rel=1e-12)
+
+
 def test_refusals() -> None:
     here = problem()
     with pytest.raises(ValueError, match=r"LossEvaluator: way must be"):
