@@ -34,7 +34,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from curvlab.runs import figures as draw
 from curvlab.runs.report import Claim
@@ -59,12 +58,15 @@ from experiments.base.settings import (
     RESULTS_CAPTION,
     Gap,
     above,
+    accuracy_panel,
     cap,
     gap,
     gap_table,
+    interval,
     mean,
     ratio,
     results,
+    scaled_note,
     seconds,
     survival,
     test_words,
@@ -261,7 +263,7 @@ def gap_claim(rows: Sequence[Row], config: Config, claim_id: str, small: int, la
     """Small batch against large, as written; the control column holds both control arms."""
     written = arm_gap(rows, config, "as-written", small, large)
     controls = {arm: arm_gap(rows, config, arm, small, large) for arm in ARMS[1:]}
-    survives, control = survival(estimate_of(written), {arm: estimate_of(found) for arm, found in controls.items()})
+    survives, control = survival(interval(written), {arm: interval(found) for arm, found in controls.items()})
     claim = judged_gap(config, claim_id, written, small, large, seconds(rows, arm_settings(config, "as-written")))
     return replace(claim, survives=survives, control=control)
 
@@ -275,30 +277,17 @@ def control_claim(rows: Sequence[Row], config: Config, arm: str, words: str, sma
 
 def judged_gap(config: Config, claim_id: str, found: Gap | None, small: int, large: int, cost: float) -> Claim:
     """The verdict on one pair of batches in one arm."""
-    about, measured = published_gap(small, large), estimate_of(found)
+    about, measured = published_gap(small, large), interval(found)
     verdict = above(measured, 0.0) if about is None else judge(measured, about, 0.0)
-    note = "; ".join(part for part in (test_words(found), scaled_note(config)) if part)
+    note = "; ".join(part for part in (test_words(found), scaled_note(is_as_written(config), config)) if part)
     shown = None if about is None else round(about, 2)
     return Claim(claim_id, f"Batch {small} tests better than batch {large}", shown, measured,
                  cap(verdict, is_as_written(config)), "points", cost_seconds=cost, note=note)  # fmt: skip
 
 
-def estimate_of(found: Gap | None) -> Estimate | None:
-    """Its interval, if it was measured."""
-    return None if found is None else found.estimate
-
-
 def arm_settings(config: Config, arm: str) -> list[dict[str, Any]]:
     """All cells of an arm."""
     return [cell.where for cell in cells(config)[arm].values()]
-
-
-def scaled_note(config: Config) -> str:
-    """What keeps a verdict below *Reproduced*."""
-    if is_as_written(config):
-        return ""
-    protocol = f"CNN({config.channels}), {config.num_train:,} images, {config.epochs} epochs"
-    return f"scaled protocol ({protocol}): at best Direction only"
 
 
 def slopes(rows: Sequence[Row], config: Config, arm: str) -> tuple[Estimate, Comparison | None] | None:
@@ -322,7 +311,7 @@ def trend_claim(rows: Sequence[Row], config: Config) -> Claim:
     about = -0.35  # over all seven rows
     if len(known) > 2:
         about = float(np.polyfit(np.log2(known), [published(batch) for batch in known], 1)[0])
-    verdict, parts = judge(measured, about, 0.0), [scaled_note(config)]
+    verdict, parts = judge(measured, about, 0.0), [scaled_note(is_as_written(config), config)]
     if trend is not None:
         parts.insert(0, f"{trend.name} over {len(config.batches)} batches: p = {trend.p_value:.2g}, n = {trend.n}")
         if verdict is Verdict.REPRODUCED and not trend.p_value < 0.05:
@@ -435,7 +424,17 @@ def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
         "updates": lambda cell: cell.epochs * steps_per_epoch(config, cell.batch_size),
     }
     for axes, (label, x_of) in zip(panels, axes_of.items(), strict=True):
-        accuracy_panel(axes, rows, config, label, x_of)
+        arms = {
+            arm: {str(batch): (x_of(cell), cell.where) for batch, cell in by_batch.items()}
+            for arm, by_batch in cells(config).items()
+        }
+        ticks = accuracy_panel(axes, rows, arms, lines=label == "batch size")
+        if is_as_written(config):
+            written = cells(config)["as-written"]
+            draw.plot_published(axes, list(map(x_of, written.values())), list(map(published, written)), label="paper")
+        draw.set_axes(axes, xlabel=label, ylabel="test accuracy (%)", log_x=True, x_ticks=ticks)
+        axes.margins(x=0.1)
+        draw.add_legend(axes)
     more, panels = draw.new_figure(1, 2)
     measures = {"fit_loss": "training loss (nats)", "conv_norm": "norm of the convolutions' weights"}
     for axes, (metric, label) in zip(panels, measures.items(), strict=True):
@@ -455,45 +454,6 @@ def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
         draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", caption + together, figure),
         draw.Figure("confounds", "What else the batch size changes", caption + "Geometric means.", more),
     ]
-
-
-def accuracy_panel(axes: Axes, rows: Sequence[Row], config: Config, label: str, x_of: Callable[[Cell], float]) -> None:
-    """One panel of F1. Against the batch a line an arm, else a marker a cell, named by its batch; the paper's means."""
-    ticks: set[float] = set()
-    drawn: set[Cell] = set()
-    by_batch, middle = label == "batch size", (len(config.batches) - 1) / 2
-    for series, (arm, found) in enumerate(cells(config).items()):
-        line: list[tuple[float, float]] = []
-        for rank, (batch, cell) in enumerate(found.items()):
-            accuracies = [100 * value for value in values(rows, "test_accuracy", cell.where)]
-            if not accuracies or (cell in drawn and not by_batch):
-                continue
-            drawn.add(cell)
-            ticks.add(float(f"{x_of(cell):.4g}"))
-            # Side by side: arms that share a cell, or batches that share an abscissa, would hide each other.
-            x = x_of(cell) * (1.05 ** (series - 1) if by_batch else 1.06 ** (rank - middle))
-            draw.plot_groups(axes, {x: accuracies}, series=series, label="" if line else arm, connect=False)
-            line.append((x, statistics.mean(accuracies)))
-            if not by_batch:
-                axes.annotate(f"{batch}", line[-1], xytext=(-5, 4), textcoords="offset points", ha="right",
-                              fontsize=7.5, color=draw.SERIES[series])  # fmt: skip
-        if by_batch:
-            axes.plot(*zip(*line, strict=True), color=draw.SERIES[series], alpha=0.55)
-    if is_as_written(config):
-        written = cells(config)["as-written"]
-        draw.plot_published(axes, list(map(x_of, written.values())), list(map(published, written)), label="paper")
-    draw.set_axes(axes, xlabel=label, ylabel="test accuracy (%)", log_x=True, x_ticks=spaced(ticks))
-    axes.margins(x=0.1)
-    draw.add_legend(axes)
-
-
-def spaced(ticks: set[float]) -> list[float]:
-    """Ticks at least a factor 1.6 apart: labels of nearer ones would touch."""
-    kept: list[float] = []
-    for tick in sorted(ticks):
-        if not kept or tick >= 1.6 * kept[-1]:
-            kept.append(tick)
-    return kept
 
 
 def notes(rows: Sequence[Row], config: Config) -> list[str]:

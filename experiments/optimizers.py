@@ -57,9 +57,11 @@ from experiments.base.settings import (
     cap,
     gap,
     gap_table,
+    interval,
     mean,
     ratio,
     results,
+    scaled_note,
     seconds,
     test_words,
     values,
@@ -212,14 +214,6 @@ def has_papers_rates(config: Config) -> bool:
     return all(getattr(config, name) == getattr(Config(), name) for name in names)
 
 
-def scaled_note(config: Config) -> str:
-    """What keeps a verdict below *Reproduced*."""
-    if is_as_written(config):
-        return ""
-    protocol = f"CNN({config.channels}), {config.num_train:,} images, {config.epochs} epochs"
-    return f"scaled protocol ({protocol}): at best Direction only"
-
-
 def claims(rows: Sequence[Row], config: Config) -> list[Claim]:
     """The paper's claims with their controls; then the controls as claims of their own, and the audit."""
     found = [
@@ -244,8 +238,8 @@ def arm_gap(rows: Sequence[Row], one: str, other: str) -> Gap | None:
 def gap_of(rows: Sequence[Row], config: Config, one: str, other: str) -> tuple[Gap | None, Estimate | None, float, str]:
     """Gap, its interval, what the two arms cost, and the words below the verdict."""
     found = arm_gap(rows, one, other)
-    note = "; ".join(part for part in (test_words(found), scaled_note(config)) if part)
-    return found, None if found is None else found.estimate, seconds(rows, [where(one), where(other)]), note
+    note = "; ".join(part for part in (test_words(found), scaled_note(is_as_written(config), config)) if part)
+    return found, interval(found), seconds(rows, [where(one), where(other)]), note
 
 
 def no_worse(rows: Sequence[Row], one: str, other: str, margin: float, *, two_sided: bool) -> tuple[Verdict, str]:
@@ -311,7 +305,7 @@ def undertrained_claim(rows: Sequence[Row], config: Config) -> Claim:
     control = "" if tuned is None else f"tuned it ends at {tuned} on its training images"
     return Claim("undertrained", "Audit: full-batch descent as written has not fitted its training images (100 %)",
                  round(about, 1), measured, verdict, "%", Survives.NOT_TESTED, control,
-                 seconds(rows, [where("full-batch")]), note=scaled_note(config))  # fmt: skip
+                 seconds(rows, [where("full-batch")]), note=scaled_note(is_as_written(config), config))  # fmt: skip
 
 
 def tuned_claim(rows: Sequence[Row], config: Config) -> Claim:

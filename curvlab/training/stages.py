@@ -163,7 +163,8 @@ class Trained:
         model: at the last epoch, in eval mode, on the data's device.
         history: rows ``{seed, epoch, step, train_loss, train_accuracy}`` (see :class:`TrainResult`).
         diverged: an epoch's loss was not finite; the weights are those of that epoch.
-        seconds: training time, over all sessions.
+        seconds: training time over all sessions, the smaller of wall and processor time: on a machine that others use
+            too, the processor's is what one thread took.
         loaded: nothing was trained now.
         run: the stage's folder.
         mark_epoch: epoch of the weights kept at ``loss_mark``, None where the loss never came down to it.
@@ -293,7 +294,7 @@ def _load(run: Run, stage: TrainStage, data: Dataset, *, loaded: bool) -> Traine
         model,
         list(lines.values()),
         done["summary"]["diverged"],
-        done["wall_seconds"],
+        min(done["wall_seconds"], done["cpu_seconds"]),
         loaded,
         run,
         done["summary"]["mark_epoch"],

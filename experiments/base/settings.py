@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to train, compared: what a setting's rows say, what a difference of two settings is worth, and their tables.
+"""Ways to train, compared: what a setting's rows say, what a difference of two settings is worth, tables and a panel.
 
 A *setting* is given by the factor values that pick its rows, for example ``{"batch_size": 32, "lr": 0.005}``. Intervals
 of accuracy differences hold the noise of seeds *and* of test images, from the bits that ``networks.py`` stored.
@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
+from curvlab.runs import figures as draw
 from curvlab.runs.stats import (
     Comparison,
     Estimate,
@@ -38,7 +40,8 @@ Setting = Mapping[str, Any]
 RESULTS = ["test %", "SD", "train %", "train loss", "‖θ‖", "‖θ_conv‖", "‖θ−θ_0‖", "diverged", "time s"]
 RESULTS_CAPTION = (
     "Last epoch; means over seeds with 95 % t intervals, SD of the sample. Train %: the running accuracy of the last "
-    "epoch; train loss: eval mode on the training images, geometric mean."
+    "epoch; train loss: eval mode on the training images, geometric mean. Time: training and measuring, all seeds; of wall "
+    "and processor time the smaller."
 )
 
 
@@ -133,9 +136,20 @@ def _hits(rows: Sequence[Row], setting: Setting) -> dict[int, np.ndarray]:
     }
 
 
+def interval(found: Gap | None) -> Estimate | None:
+    """Its estimate, if it was measured."""
+    return None if found is None else found.estimate
+
+
 def cap(verdict: Verdict, faithful: bool) -> Verdict:
     """A scaled protocol can show a direction, never the paper's number."""
     return Verdict.DIRECTION_ONLY if verdict is Verdict.REPRODUCED and not faithful else verdict
+
+
+def scaled_note(faithful: bool, config: Any) -> str:
+    """What keeps a verdict below *Reproduced*; nothing where the protocol is the paper's."""
+    protocol = f"CNN({config.channels}), {config.num_train:,} images, {config.epochs} epochs"
+    return "" if faithful else f"scaled protocol ({protocol}): at best Direction only"
 
 
 def above(estimate: Estimate | None, bound: float) -> Verdict:
@@ -188,3 +202,50 @@ def gap_table(found: Mapping[tuple[str, ...], Gap], columns: Sequence[str], titl
         f"of seeds alone. Holm: over the paired p of all {len(p_values)} rows."
     )
     return Table(title, [*columns, "points of test accuracy", "paired p", "Welch p", "Holm p"], lines, caption)
+
+
+# ------------------------------------------------------------------------------------------------ a panel
+
+
+def accuracy_panel(
+    axes: Axes, rows: Sequence[Row], arms: Mapping[str, Mapping[str, tuple[float, Setting]]], *, lines: bool
+) -> list[float]:
+    """Test accuracy against a logarithmic abscissa; returns the ticks.
+
+    Args:
+        axes: where.
+        rows: long rows.
+        arms: per arm, label of each setting -> (abscissa, setting).
+        lines: join the settings of an arm and show a setting in every arm that holds it; else each setting once, in the
+            color of its first arm, with its label beside it.
+    """
+    ticks: set[float] = set()
+    drawn: list[Setting] = []
+    middle = (max(map(len, arms.values())) - 1) / 2
+    for series, (arm, found) in enumerate(arms.items()):
+        line: list[tuple[float, float]] = []
+        for rank, (label, (x, setting)) in enumerate(found.items()):
+            accuracies = [100 * value for value in values(rows, "test_accuracy", setting)]
+            if not accuracies or (setting in drawn and not lines):
+                continue
+            drawn.append(setting)
+            ticks.add(float(f"{x:.4g}"))
+            # Side by side: arms that share a setting, or settings that share an abscissa, would hide each other.
+            shifted = x * (1.05 ** (series - 1) if lines else 1.06 ** (rank - middle))
+            draw.plot_groups(axes, {shifted: accuracies}, series=series, label="" if line else arm, connect=False)
+            line.append((shifted, statistics.mean(accuracies)))
+            if not lines:
+                axes.annotate(label, line[-1], xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7.5,
+                              color=draw.SERIES[series])  # fmt: skip
+        if lines and line:
+            axes.plot(*zip(*line, strict=True), color=draw.SERIES[series], alpha=0.55)
+    return _spaced(ticks)
+
+
+def _spaced(ticks: set[float]) -> list[float]:
+    """Ticks at least a factor 1.6 apart: labels of nearer ones would touch."""
+    kept: list[float] = []
+    for tick in sorted(ticks):
+        if not kept or tick >= 1.6 * kept[-1]:
+            kept.append(tick)
+    return kept
