@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts of the sharpness study: two batch sizes compared by every measure. The rules stand here, before any run.
+
+λ_max at equal epochs compares networks of different training loss and of different weight norms; near zero
+cross-entropy it scales like the one, and before batch normalization like the inverse square of the other. What is left
+once both are taken out is λ_max over the loss and adaptive sharpness, and the claim survives only with both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from curvlab.runs.report import Claim
+from curvlab.runs.stats import (
+    Estimate,
+    Survives,
+    Verdict,
+    geometric_mean_interval,
+    judge,
+    judge_tolerance,
+    log_ratio_interval,
+)
+from curvlab.runs.store import Row
+from experiments.base import paper
+from experiments.base.flatness import INVARIANCE
+from experiments.base.rows import finals
+from experiments.base.settings import Setting, above, cap, gap, test_words, values
+from experiments.base.study import Law
+
+POWER = 5.0  # percent: how far the paper's power iteration may be from the eigenvalue
+SIGMA = 0.005  # the noise level that the text quotes
+MOVES, STAYS = 50.0, 1e-3  # symmetries: how far a measure that sees them must move; how little one that does not may
+
+Key = tuple[str, int, str]
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """A study's rows as two batch sizes compared.
+
+    Attributes:
+        rows: long rows.
+        settings: (arm, batch, point) -> the factor values that pick its rows.
+        small: the flatter batch, as the paper has it.
+        large: the other.
+        faithful: networks and measurements are the paper's.
+        is_cifar: of the paper's data set, whatever its size: a direction can be compared.
+        sigmas: noise levels.
+    """
+
+    rows: Sequence[Row]
+    settings: Mapping[Key, Setting]
+    small: int
+    large: int
+    faithful: bool
+    is_cifar: bool
+    sigmas: Sequence[float]
+
+    def values(
+        self, metric: str, batch: int, *, arm: str = "as-written", point: str = "last", **more: object
+    ) -> list[float]:
+        """One a seed; empty where the setting was not run."""
+        setting = self.settings.get((arm, batch, point))
+        return [] if setting is None else values(self.rows, metric, {**setting, **more})
+
+    def ratio(self, metric: str, *, arm: str = "as-written", point: str = "last", **more: object) -> Estimate | None:
+        """Large over small batch, geometric means; None where a value is missing or not positive."""
+        large, small = (self.values(metric, b, arm=arm, point=point, **more) for b in (self.large, self.small))
+        if not large or not small or min(*large, *small) <= 0:
+            return None
+        return log_ratio_interval(large, small)
+
+    def mean(self, metric: str, batch: int, **more: object) -> Estimate | None:
+        """Geometric mean over seeds; None where a value is not positive."""
+        found = self.values(metric, batch, **more)  # type: ignore[arg-type]
+        return geometric_mean_interval(found) if found and min(found) > 0 else None
+
+    @property
+    def seconds(self) -> float:
+        """What measuring (and training, where it was needed) took."""
+        return sum(row["value"] for row in self.rows if row["metric"] in ("measure_seconds", "train_seconds"))
+
+
+def flatness_claims(found: Flatness) -> list[Claim]:
+    """All claims, in the order of the page."""
+    claims = [
+        lambda_claim(found),
+        gap_claim(found),
+        noise_claim(found),
+        every_sigma_claim(found),
+        power_claim(found),
+        over_loss_claim(found),
+        control(found, "filter_sharpness", "filter-adaptive λ_max (D H D, D the filters' norms)"),
+        control(found, "element_sharpness", "element-adaptive λ_max (D H D, D = |θ|)"),
+        control(found, "norm_sharpness", "λ_max ‖θ‖²"),
+        control(found, "filter_flatness", "the increase of the loss under filter-relative noise (σ = 0.1)"),
+        half_noise_claim(found),
+        control(
+            found,
+            "sharpness",
+            "λ_max at equal loss (first epoch at or below 0.01)",
+            claim_id="equal_loss",
+            point="mark",
+        ),
+        control(found, "sharpness", "λ_max at equal updates", claim_id="equal_updates", arm="equal-updates"),
+    ]
+    if found.is_cifar:
+        return claims
+    return [
+        Claim(c.id, c.text, c.paper, c.measured, Verdict.NOT_TESTABLE, c.unit, cost_seconds=c.cost_seconds)
+        for c in claims
+    ]  # fmt: skip
+
+
+def scaled(found: Flatness) -> str:
+    """What a reader must know of a scaled protocol."""
+    return (
+        "" if found.faithful else f"batches {found.small} and {found.large}, not the paper's protocol: direction only"
+    )
+
+
+def joined(*notes: str) -> str:
+    """The notes that say something."""
+    return "; ".join(note for note in notes if note)
+
+
+def outlives(controls: Mapping[str, Estimate | None], what: str) -> tuple[Survives, str]:
+    """Yes iff every control's interval lies above 1; no iff one that was measured does not."""
+    rule = f"rule: yes iff {what} have their intervals above 1"
+    known = {name: one for name, one in controls.items() if one is not None and one.has_interval}
+    told = "; ".join([rule, *(f"{name} {one}" for name, one in known.items())])
+    if any(one.low <= 1 for one in known.values()):
+        return Survives.NO, told
+    return (Survives.YES if known and len(known) == len(controls) else Survives.NOT_TESTED), told
+
+
+def lambda_claim(found: Flatness) -> Claim:
+    """The paper's headline, by Lanczos."""
+    measured = found.ratio("sharpness")
+    controls = {
+        "λ_max/loss": found.ratio("relative_sharpness"),
+        "filter-adaptive": found.ratio("filter_sharpness"),
+    }
+    survives, told = outlives(controls, "the ratios of λ_max/loss and of filter-adaptive λ_max")
+    if measured is None:
+        survives, told = Survives.NOT_TESTED, ""
+    verdict = cap(judge(measured, paper.GEOMETRY_LAMBDA_RATIO, 1.0, log_scale=True), found.faithful)
+    text = f"λ_max at batch {found.large} is many times that at batch {found.small} (the paper: 1024 and 32)"
+    return Claim("lambda", text, paper.GEOMETRY_LAMBDA_RATIO, measured, verdict, "×", survives, told, found.seconds,
+                 note=scaled(found) if measured else "")  # fmt: skip
+
+
+def gap_claim(found: Flatness) -> Claim:
+    """Test accuracy over common seeds, the test images' noise included."""
+    settings = [found.settings.get(("as-written", batch, "last")) for batch in (found.small, found.large)]
+    one = None
+    if settings[0] is not None and settings[1] is not None:
+        one = gap(found.rows, settings[0], settings[1])
+    verdict = cap(judge(one.estimate if one else None, paper.GEOMETRY_GAP, 0.0), found.faithful)
+    text = f"Batch {found.small} tests better than batch {found.large}"
+    note = joined(test_words(one), scaled(found)) if one else ""
+    return Claim("gap", text, paper.GEOMETRY_GAP, one.estimate if one else None, verdict, "points",
+                 cost_seconds=found.seconds, note=note)  # fmt: skip
+
+
+def noise_claim(found: Flatness) -> Claim:
+    """In percent, as the paper has it, which divides by losses that differ; the controls do not."""
+    published = paper.GEOMETRY_NOISE[SIGMA][1] / paper.GEOMETRY_NOISE[SIGMA][0]
+    measured = found.ratio("noise_percent", sigma=SIGMA)
+    controls = {
+        "absolute increase": found.ratio("noise_increase", sigma=SIGMA),
+        "filter-relative noise": found.ratio("filter_flatness"),
+    }
+    survives, told = outlives(controls, "the ratios of the absolute increase and of that under filter-relative noise")
+    if measured is None:
+        survives, told = Survives.NOT_TESTED, ""
+    verdict = cap(judge(measured, published, 1.0, log_scale=True), found.faithful)
+    text = f"Noise of σ = {SIGMA} raises the loss (in percent) more at batch {found.large} than at {found.small}"
+    return Claim("noise", text, round(published, 1), measured, verdict, "×", survives, told, found.seconds,
+                 note=scaled(found) if measured else "")  # fmt: skip
+
+
+def every_sigma_claim(found: Flatness) -> Claim:
+    """The text says it of every magnitude; the smallest ratio decides."""
+    ratios = {sigma: found.ratio("noise_percent", sigma=sigma) for sigma in found.sigmas}
+    known = {sigma: one for sigma, one in ratios.items() if one is not None}
+    worst = min(known, key=lambda sigma: known[sigma].value, default=None)
+    measured = None if worst is None or len(known) < len(ratios) else known[worst]
+    published = min(large / small for small, large in paper.GEOMETRY_NOISE.values())
+    note = ""
+    if worst is not None:
+        unknown = [f"{sigma:g}" for sigma, one in ratios.items() if one is None]
+        note = joined(
+            f"smallest at σ = {worst:g}",
+            f"no ratio (an increase below 0) at σ = {', '.join(unknown)}" if unknown else "",
+        )
+    text = f"The loss rises more (in percent) at batch {found.large} at every σ (smallest ratio)"
+    verdict = cap(above(measured, 1.0), found.faithful)
+    return Claim("every_sigma", text, f"{published:.2f} at σ = 0.05", measured, verdict, "×",
+                 cost_seconds=found.seconds, note=note)  # fmt: skip
+
+
+def power_claim(found: Flatness) -> Claim:
+    """Audit of the paper's protocol, network by network."""
+    ends = [
+        100 * (p / v - 1)
+        for key in found.settings
+        for p, v in zip(*(found.values(m, key[1], arm=key[0], point=key[2]) for m in ("power_lambda", "sharpness")),
+                        strict=False)
+    ]  # fmt: skip
+    worst = max(ends, key=abs, default=math.nan)
+    measured = Estimate(worst, min(ends), max(ends), len(ends), "worst of all networks; range") if ends else None
+    judged = judge_tolerance(measured, 0.0, POWER)
+    text = f"Audit: 30 power iterations are within {POWER:g} % of λ_max on every network (worst, with the range)"
+    return Claim("power", text, "not checked", measured, judged.verdict, "%", cost_seconds=found.seconds,
+                 note=judged.text if measured else "")  # fmt: skip
+
+
+def over_loss_claim(found: Flatness) -> Claim:
+    """Half of the paper's headline is loss."""
+    measured = found.ratio("relative_sharpness")
+    verdict = cap(judge(measured, paper.GEOMETRY_LAMBDA_OVER_LOSS_RATIO, 1.0, log_scale=True), found.faithful)
+    text = f"Control: λ_max over the loss is larger at batch {found.large}"
+    loss = found.ratio("hessian_loss")
+    note = joined(f"the losses' ratio is {loss}" if loss else "", scaled(found)) if measured else ""
+    return Claim("relative_sharpness", text, "3.0, from its numbers", measured, verdict, "×",
+                 cost_seconds=found.seconds, note=note)  # fmt: skip
+
+
+def control(
+    found: Flatness, metric: str, words: str, *, claim_id: str = "", arm: str = "as-written", point: str = "last"
+) -> Claim:
+    """A measure with a right of its own: larger at the large batch?"""
+    measured = found.ratio(metric, arm=arm, point=point)
+    note = ""
+    if measured is None:
+        counts = [len(found.values(metric, batch, arm=arm, point=point)) for batch in (found.small, found.large)]
+        note = f"measured on {counts[0]} networks of batch {found.small} and {counts[1]} of batch {found.large}"
+    text = f"Control: larger at batch {found.large}: {words}"
+    verdict = cap(above(measured, 1.0), found.faithful)
+    return Claim(claim_id or metric, text, "not measured", measured, verdict, "×", cost_seconds=found.seconds,
+                 note=note or scaled(found))  # fmt: skip
+
+
+def half_noise_claim(found: Flatness) -> Claim:
+    """Here larger is flatter: small over large."""
+    small, large = (found.values("half_accuracy_noise", batch) for batch in (found.small, found.large))
+    measured = log_ratio_interval(small, large) if small and large and min(*small, *large) > 0 else None
+    text = f"Control: batch {found.small} bears more filter-relative noise until half its accuracy is lost (σ50, ratio)"
+    verdict = cap(above(measured, 1.0), found.faithful)
+    return Claim("half_accuracy_noise", text, "not measured", measured, verdict, "×", cost_seconds=found.seconds,
+                 note=scaled(found) if measured else "")  # fmt: skip
+
+
+def flatness_laws(rows: Sequence[Row], strength: float) -> list[Law]:
+    """The same function at other parameters: λ_max moves, adaptive sharpness does not (Dinh et al. 2017)."""
+    found = {
+        (row["symmetry"], row["metric"].removeprefix("moved_")): row["value"]
+        for metric in INVARIANCE
+        for symmetry in ("relu_rescaling", "bn_scale")
+        for row in finals(rows, f"moved_{metric}", symmetry=symmetry)
+    }
+    laws = []
+    if ("relu_rescaling", "sharpness") in found:
+        moved = found["relu_rescaling", "sharpness"]
+        moved = max(moved, 1 / moved) if moved > 0 else math.inf
+        text = f"rescaling layers by {strength:g} and 1/{strength:g} moves λ_max at least {MOVES:g}-fold: {moved:.3g}"
+        laws.append(Law(text, moved >= MOVES or strength < 20))
+    for symmetry, words in (("relu_rescaling", "rescaled layers"), ("bn_scale", "scale before batch normalization")):
+        for metric in ("element_sharpness", "filter_sharpness", "block_sharpness"):
+            if (symmetry, metric) in found:
+                shift = abs(found[symmetry, metric] - 1)
+                laws.append(Law(f"{metric} does not see {words}: moved by {shift:.1e}", shift <= STAYS))
+    return laws
+
+
+def flatness_notes(found: Flatness) -> list[str]:
+    """Rules and limits."""
+    notes = [
+        "Survival rules stand in experiments/base/flatness_claims.py; the control column gives each with its numbers.",
+        "Measures that do not see the scale of weights: adaptive and filter-relative ones (curvlab.sharpness declares "
+        "the invariances of each, and its tests hold them).",
+        "Power iteration finds the eigenvalue of largest magnitude; λ_max is the largest, by Lanczos to a residual of "
+        "10⁻³ λ.",
+    ]
+    missed = [
+        f"{arm}, batch {batch}: {count - sum(reached):g} of {count}"
+        for arm, batch, point in found.settings
+        if point == "mark"
+        for reached in [found.values("reached", batch, arm=arm, point=point)]
+        for count in [len(reached)]
+        if sum(reached) < count
+    ]
+    if missed:
+        notes.append(
+            f"Networks that never came down to the loss of 0.01 and are in no comparison at it: {'; '.join(missed)}."
+        )
+    lost = sum(row["value"] for row in finals(found.rows, "diverged"))
+    return [*notes, f"Diverged networks: {lost:g}."]
