@@ -40,8 +40,8 @@ Setting = Mapping[str, Any]
 RESULTS = ["test %", "SD", "train %", "train loss", "‖θ‖", "‖θ_conv‖", "‖θ−θ_0‖", "diverged", "time s"]
 RESULTS_CAPTION = (
     "Last epoch; means over seeds with 95 % t intervals, SD of the sample. Train %: the running accuracy of the last "
-    "epoch; train loss: eval mode on the training images, geometric mean. Time: training and measuring, all seeds; of wall "
-    "and processor time the smaller."
+    "epoch; train loss: eval mode on the training images, geometric mean. Time: training and measuring, all seeds; of "
+    "wall and processor time the smaller."
 )
 
 
