@@ -18,9 +18,9 @@ def curvature_of(model: nn.Module, x: Tensor, y: Tensor, *, probes: int, seed: i
 
     ``lambda_max`` and ``lambda_residual`` ‖Hv − λv‖ (Lanczos, tolerance 10⁻³ λ); ``trace`` and ``trace_error`` (its
     standard error over ``probes`` random sign vectors); ``curvature_loss``, the loss on these samples;
-    ``curvature_products``; ``measure_seconds``. ``seed`` names the starting vectors, not the network.
+    ``curvature_products``; ``measure_seconds``, of wall and processor time the smaller. ``seed`` names the starting vectors, not the network.
     """
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     problem = Problem(model, nn.CrossEntropyLoss(), (x, y))
     hessian = HessianOperator(problem)
     top = top_eigenpairs(hessian, generator=generator(seed, "lanczos"))
@@ -32,5 +32,5 @@ def curvature_of(model: nn.Module, x: Tensor, y: Tensor, *, probes: int, seed: i
         "trace_error": trace.standard_error,
         "curvature_loss": hessian.engine.loss(),
         "curvature_products": float(top.num_products + trace.num_products),
-        "measure_seconds": time.perf_counter() - began,
+        "measure_seconds": min(time.perf_counter() - began[0], time.process_time() - began[1]),
     }

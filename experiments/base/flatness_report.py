@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from curvlab.runs import figures as draw
 from curvlab.runs.stats import Estimate, mean_interval
@@ -223,6 +223,7 @@ def spectrum_figure(looks: dict[int, Rows]) -> draw.Figure:
     powers = [float(p) for p in 10.0 ** np.arange(np.ceil(np.log10(linear)), np.floor(np.log10(1.5 * largest)) + 1)]
     axes.xaxis.set_major_locator(FixedLocator([-powers[-2] if len(powers) > 1 else -powers[0], 0.0, *powers]))
     axes.set_ylim(1e-8, None)
+    axes.yaxis.set_major_locator(LogLocator(numticks=7))
     draw.add_legend(axes)
     caption = "Stochastic Lanczos quadrature, mean over probes, seed 0; triangles: the largest node of each."
     return draw.Figure("spectra", "Spectra of the Hessian", caption, figure)

@@ -176,8 +176,8 @@ def test_slices_and_densities_come_back_from_rows() -> None:
 def test_a_network_in_the_store_is_found_and_measured_once(tmp_path) -> None:
     config = sharpness.Config(
         dataset="digits", num_train=100, channels=1, batches=(20, 50), lrs=(0.02, 0.05), reference=50, epochs=2,
-        seeds=1, arms=("as-written",), hessian_samples=20, probes=2, power_iterations=3, noise_samples=20, sigmas=(0.01,),
-        draws=2, density_probes=1, density_steps=4, slice_samples=20, line_points=3, plane_points=3,
+        seeds=1, arms=("as-written",), hessian_samples=20, probes=2, power_iterations=3, noise_samples=20,
+        sigmas=(0.01,), draws=2, density_probes=1, density_steps=4, slice_samples=20, line_points=3, plane_points=3,
     )  # fmt: skip
     store = RunStore(tmp_path)
     for unit in sharpness.expand(config):
