@@ -77,6 +77,7 @@ class _Recorder(TorchDispatchMode):
         self.reached: set[int] = set()  # storages that hold a value of the program
         self.kept: list[Tensor] = []  # memory that keys speak of must not be handed out again while recording
         self.inputs = [self._slot(tensor, -1) for tensor in inputs]
+        self.given = set(self.reached)
 
     def _slot(self, tensor: Tensor, step: int) -> _Slot:
         storage = _storage(tensor)
@@ -129,6 +130,8 @@ class _Recorder(TorchDispatchMode):
             for tensor in self._written(func, args, kwargs):
                 if self.find(tensor) is None:
                     self._own_copy(tensor)
+                elif _storage(tensor) in self.given:
+                    raise Unrecordable(f"{func} writes into the argument")
         arguments = [(self.find(leaf) or leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         result = func(*args, **kwargs)
         step = _Step(func, arguments, spec, mutates)
@@ -335,6 +338,6 @@ def _targets(step: _Step) -> str:
     names = ["_" if slot is None else f"v{slot.number}" for slot in step.outputs]
     if not schema:
         return ""
-    if len(schema) == 1 and "[]" not in str(schema[0].type):
+    if len(schema) == 1 and schema[0].type.kind() != "ListType":
         return f"{names[0]} = "
     return f"{', '.join(names)}, = "
