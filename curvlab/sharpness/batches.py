@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from curvlab.operators.engines.derivatives import check_twice_differentiable
 from curvlab.operators.problem import Problem
 from curvlab.sharpness.evaluation import parameter_row
 
@@ -70,7 +71,7 @@ def batch_sharpness(
         generator: source of the draws.
 
     Raises:
-        ValueError: batch_size outside 1..N, num_batches below one.
+        ValueError: batch_size outside 1..N, num_batches below one, a network that cannot be differentiated twice.
     """
     samples, targets = _gathered(problem)
     count = len(targets)
@@ -98,8 +99,10 @@ def _curvature_along_gradient(problem: Problem, theta: Tensor, inputs: Any, targ
     total = loss.total(problem.outputs(problem.rows_to_params(row), inputs), targets)
     weight = loss.weight(None, targets) if problem.reduction == "mean" else 1.0
     (gradient,) = torch.autograd.grad(total / weight, row, create_graph=True)
-    fixed = gradient.detach()
-    (product,) = torch.autograd.grad(gradient, row, fixed)
+    check_twice_differentiable([gradient])
+    fixed, product = gradient.detach(), torch.zeros_like(row)
+    if gradient.requires_grad:  # a loss that is linear in the parameters has none
+        (product,) = torch.autograd.grad(gradient, row, fixed, materialize_grads=True)
     square = fixed.double().square().sum().item()
     along = (fixed.double() * product.double()).sum().item()
     return (along / square if square > 0 else math.nan), square

@@ -103,7 +103,7 @@ class LossEvaluator:
         self._widest, self._samples = self._measure()
         if way == "auto":
             stacked = problem.device.type == "cuda" or self._widest <= STACKED_UP_TO
-            way = "stacked" if stacked and self._stacks() else "loop"
+            way = "stacked" if self._of_all(int(stacked and self._stacks()), least=True) else "loop"
         self.way: Way = way
         self._channels_last = way == "loop" and problem.dtype in (torch.float32, torch.bfloat16)
 
@@ -117,12 +117,16 @@ class LossEvaluator:
                 self.problem.outputs(self.problem.params, part)
         a_sample = -(-probe.elements // _num_samples(part))
         samples = max(1, min(count, PASS_ELEMENTS // a_sample)) if self._splits else count
-        widest = torch.tensor(a_sample * samples, device=self.problem.device)
-        if (
-            self.problem.process_group is not None
-        ):  # all processes take the same way in the same sweeps, or wait forever
-            torch.distributed.all_reduce(widest, torch.distributed.ReduceOp.MAX, group=self.problem.process_group)
-        return int(widest), samples
+        return self._of_all(a_sample * samples, least=False), samples
+
+    def _of_all(self, value: int, *, least: bool) -> int:
+        """The least or largest over the processes: all take the same way in the same sweeps, or wait forever."""
+        if self.problem.process_group is None:
+            return value
+        held = torch.tensor(value, device=self.problem.device)
+        op = torch.distributed.ReduceOp.MIN if least else torch.distributed.ReduceOp.MAX
+        torch.distributed.all_reduce(held, op, group=self.problem.process_group)
+        return int(held)
 
     def _stacks(self) -> bool:
         """Whether ``vmap`` takes the network (it refuses, among others, branches on values that weights decide)."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +149,33 @@ def test_a_batch_of_all_samples_is_the_full_loss() -> None:
     here = problem(steps=10)
     found = batch_sharpness(here, 24, num_batches=2, generator=draw())
     assert found.curvatures[0].item() == pytest.approx(found.curvatures[1].item(), rel=1e-9)
+
+
+def test_a_loss_without_curvature_has_batch_sharpness_zero() -> None:
+    here = Problem(nn.Linear(3, 1).double(), lambda z, _: z.mean(), (torch.ones(6, 3, dtype=F64), torch.zeros(6)))
+    found = batch_sharpness(here, 3, num_batches=2)
+    assert found.curvatures.tolist() == [0.0, 0.0] and (found.squared_gradients > 0).all()
+
+
+def test_a_network_that_drops_its_second_derivative_is_refused() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    class Cubic(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return Once.apply(super().forward(input))  # type: ignore[return-value]
+
+    here = Problem(Cubic(3, 1).double(), nn.MSELoss(), (torch.ones(6, 3, dtype=F64), torch.zeros(6, 1, dtype=F64)))
+    with pytest.raises(ValueError, match=r"differentiable twice"):
+        batch_sharpness(here, 3)
 
 
 def test_refusals() -> None:
