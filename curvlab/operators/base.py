@@ -36,7 +36,7 @@ class LinearOperator:
         is_symmetric: A = A^T.
         is_psd: symmetric without negative eigenvalues.
         layout: the tensors that an input vector (and an output vector, if the matrix is square) is made of; None where
-            vectors are flat only.
+            vectors are flat only. A square matrix with other outputs sets ``output_layout`` to None.
     """
 
     num_products = 0
@@ -55,6 +55,7 @@ class LinearOperator:
         self.shape, self.dtype, self.device = (int(shape[0]), int(shape[1])), dtype, torch.device(device)
         self.is_symmetric, self.is_psd = is_symmetric or is_psd, is_psd
         self.layout = layout
+        self.output_layout = layout if self.shape[0] == self.shape[1] else None
 
     # What subclasses write
 
@@ -123,9 +124,9 @@ class LinearOperator:
                 f"{[list(shape) for shape in shapes]}, got {[list(tensor.shape) for tensor in tensors]}"
             )
         result = self @ flatten(list(tensors), batched=batched)
-        if self.shape[0] != self.shape[1]:
+        if self.output_layout is None:
             return result
-        return unflatten(result, [torch.empty(shape, device="meta") for shape in shapes])
+        return unflatten(result, [torch.empty(shape, device="meta") for shape in self.output_layout.values()])
 
     @property
     def T(self) -> LinearOperator:

@@ -74,6 +74,8 @@ class ProblemOperator(LinearOperator):
             is_psd=is_psd,
             layout=layout,
         )
+        if shape is not None:
+            self.output_layout = None  # outputs of the network, even if there are P of them
 
     def _product(self, rows: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no product")

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from curvlab.operators.engines.autograd import AutogradEngine
-from curvlab.operators.engines.protocol import Engine
+from curvlab.operators.engines.protocol import Engine, UnsupportedModel
+from curvlab.operators.problem import Problem
 from tests.operators import dense
-from tests.operators.models import CASES, F64, normal
+from tests.operators.models import CASES, F64, labels, normal, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +105,33 @@ def test_float32_and_bfloat16_follow_float64():
         got = AutogradEngine(case.problem(torch.float32), precision=precision).hessian(rows.float())
         assert got.dtype == torch.float32
         assert low < (got.double() - exact).norm() / exact.norm() < high
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Sine(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Once.apply(x)  # type: ignore[return-value]
+
+
+def test_a_function_without_a_second_derivative_is_refused_not_left_out():
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), Sine(), nn.Linear(4, 2)))
+    engine = AutogradEngine(Problem(model, nn.CrossEntropyLoss(), (normal(5, 3), labels(5, classes=2))))
+    rows = normal(1, 26)
+    assert engine.gradient().isfinite().all()
+    for product in (engine.hessian, engine.ggn, engine.jacobian):
+        with pytest.raises(UnsupportedModel, match="once_differentiable"):
+            product(rows)
 
 
 @pytest.mark.parametrize("size", [1, 20, 22, 40])

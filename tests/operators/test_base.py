@@ -12,6 +12,8 @@ from torch import Tensor
 from curvlab.operators.algebra import RestrictedOperator
 from curvlab.operators.base import DenseOperator, LinearOperator
 from curvlab.operators.hessian import HessianOperator
+from curvlab.operators.jacobian import JacobianOperator
+from curvlab.operators.problem import Problem
 from tests.operators.models import CASES, F64, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,6 +120,17 @@ def test_lists_of_tensors(hessian, matrix):
         hessian @ [pieces[0][0]]
     with pytest.raises(ValueError, match="not over a parameter list"):
         A @ [normal(6)]
+
+
+def test_a_jacobian_that_happens_to_be_square_gives_outputs_not_parameters():
+    case = CASES["linear"]()
+    x, y = case.batches[0]
+    square = JacobianOperator(Problem(case.model, case.loss, (x.repeat(2, 1)[:5], y.repeat(2)[:5])), engine="autograd")
+    assert square.shape == (15, 15)
+    weight, bias = normal(3, 4), normal(3, seed=2)
+    got = square @ [weight, bias]
+    assert isinstance(got, Tensor)
+    torch.testing.assert_close(got.reshape(5, 3), x.repeat(2, 1)[:5] @ weight.T + bias, rtol=1e-12, atol=1e-13)
 
 
 def test_restriction_by_names_and_masks(hessian, matrix):

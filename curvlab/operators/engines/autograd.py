@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvlab.operators.curvatures import OutputCurvature
+from curvlab.operators.engines.derivatives import check_twice_differentiable
 from curvlab.operators.engines.protocol import batch_generator, draw_seed
 from curvlab.operators.precision import check_precision, math_mode
 from curvlab.operators.problem import Problem
@@ -35,6 +36,8 @@ class AutogradEngine:
 
     Raises:
         ValueError: the budget does not hold one sample, or BatchNorm sees batches, which then cannot be cut.
+        UnsupportedModel: on a product, if the model runs a function whose backward is marked ``once_differentiable``:
+            PyTorch would leave out its part without a word.
     """
 
     name = "autograd"
@@ -80,6 +83,7 @@ class AutogradEngine:
                 theta, outputs = self._forward(inputs)
                 total = self.problem.loss.total(outputs, targets)
                 gradient = self._grad(total, theta, create_graph=True)
+                check_twice_differentiable(gradient)
                 for row, out in zip(rows, result, strict=True):
                     self._add(out, self._grad(gradient, theta, self._as_params(row), retain_graph=True))
         return result / self.problem.normalizer
@@ -166,7 +170,9 @@ class AutogradEngine:
     def _transposed(self, outputs: Tensor, theta: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """``(w, J^T w)`` with a graph in w, which is zero: only the derivative in w is used."""
         weight = torch.zeros_like(outputs).requires_grad_()
-        return weight, self._grad(outputs, theta, weight, create_graph=True)
+        transposed = self._grad(outputs, theta, weight, create_graph=True)
+        check_twice_differentiable(transposed)
+        return weight, transposed
 
     def _tangent(self, weight: Tensor, transposed: list[Tensor], row: Tensor) -> Tensor:
         return self._grad(transposed, [weight], self._as_params(row), retain_graph=True)[0]
