@@ -18,7 +18,8 @@ def curvature_of(model: nn.Module, x: Tensor, y: Tensor, *, probes: int, seed: i
 
     ``lambda_max`` and ``lambda_residual`` ‖Hv − λv‖ (Lanczos, tolerance 10⁻³ λ); ``trace`` and ``trace_error`` (its
     standard error over ``probes`` random sign vectors); ``curvature_loss``, the loss on these samples;
-    ``curvature_products``; ``measure_seconds``, of wall and processor time the smaller. ``seed`` names the starting vectors, not the network.
+    ``curvature_products``; ``measure_seconds``, of wall and processor time the smaller. ``seed`` names the starting
+    vectors, not the network.
     """
     began = time.perf_counter(), time.process_time()
     problem = Problem(model, nn.CrossEntropyLoss(), (x, y))
