@@ -36,7 +36,8 @@ __all__ = ["KrylovSpace"]
 MAX_PANEL = 4
 SHRINKING = 1e-2  # measured loss of orthogonality from which on the panel gets shorter
 AGAIN = 0.5  # share of a row's norm beyond which rounding of the part removed is left in it: a second pass follows
-CAREFUL = 0.1  # the same for the square of the part of a row that is new among the rows cleaned together
+CAREFUL = 0.3  # the same for the part of a row that is new, beside the rows cleaned together with it
+TINY = np.finfo(float).tiny
 
 
 class KrylovSpace:
@@ -157,10 +158,9 @@ class KrylovSpace:
         dots = vec.row_dots(self.rows[:r], new)
         inside, gram = dots[:c], dots[c:]
         lengths = np.sqrt(np.diag(gram))
-        floor = np.finfo(float).tiny
-        loss = np.linalg.norm(inside, axis=0) / np.maximum(lengths, floor)
+        loss = np.linalg.norm(inside, axis=0) / np.maximum(lengths, TINY)
         factor, kept, sharpest = _triangular(
-            gram - inside.T @ inside, weights, negligible, 16 * self._eps, self.num_multiplied - c
+            gram - inside.T @ inside, lengths, weights, negligible, 4 * np.sqrt(self._eps), self.num_multiplied - c
         )
         if self.num_multiplied >= c and r > c:
             self._follow(float(loss.max()))
@@ -230,25 +230,28 @@ class KrylovSpace:
 
 
 def _triangular(
-    gram: np.ndarray, weights: np.ndarray, negligible: float, floor: float, multiplied: int
+    gram: np.ndarray, lengths: np.ndarray, weights: np.ndarray, negligible: float, floor: float, multiplied: int
 ) -> tuple[np.ndarray, list[int], float]:
     """Upper triangular R ``[kept, n]`` with R^T R = gram, the columns kept, and the least share of a row that is new.
 
     Cholesky in the order of the rows. A column is dropped when weight times pivot is at most ``negligible``; the first
-    ``multiplied`` ones are in use and stay. Below ``floor`` of the squared length a pivot is rounding: it is raised to
-    that, and a second pass over the rows so scaled finds what it really was.
+    ``multiplied`` ones are in use and stay. A pivot below ``floor`` of the row's length is rounding, and so are the
+    products of what is left of that row with others: the pivot is raised, the products are left alone, and a second
+    pass over the rows so scaled finds what they really were.
     """
     n = len(gram)
-    factor, kept, sharpest = np.zeros((n, n)), [], 1.0
+    factor, kept, sure, sharpest = np.zeros((n, n)), [], [], 1.0
     for j in range(n):
         count = len(kept)
-        for i in range(count):
+        for i in sure:
             factor[i, j] = (gram[kept[i], j] - factor[:i, kept[i]] @ factor[:i, j]) / factor[i, kept[i]]
-        square = gram[j, j] + factor[:count, j] @ factor[:count, j] if gram[j, j] < 0 else gram[j, j]
-        pivot = max(gram[j, j] - factor[:count, j] @ factor[:count, j], floor * square, 0.0)
-        if j >= multiplied and weights[j] * np.sqrt(pivot) <= negligible:
+        new = np.sqrt(max(gram[j, j] - factor[:count, j] @ factor[:count, j], 0.0))
+        pivot = max(new, floor * lengths[j])
+        if j >= multiplied and weights[j] * pivot <= negligible:
             continue
-        factor[count, j] = np.sqrt(max(pivot, np.finfo(float).tiny))
-        sharpest = min(sharpest, pivot / max(square, np.finfo(float).tiny))
+        factor[count, j] = max(pivot, TINY)
+        sharpest = min(sharpest, new / max(lengths[j], TINY))
+        if new == pivot:
+            sure.append(count)
         kept.append(j)
     return factor[: len(kept)], kept, sharpest
