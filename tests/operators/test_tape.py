@@ -121,3 +121,23 @@ def written_part(v: Tensor) -> Tensor:
 def test_what_a_replay_could_not_repeat_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(Unrecordable):
         record(lambda v: [function(v)], [normal(3, 4)])
+
+
+def test_memory_is_written_over_only_when_nobody_reads_it_again() -> None:
+    """A view, a second reader, a result and the argument itself must survive; the chain in between is in place."""
+
+    def function(v: Tensor) -> list[Tensor]:
+        a = v @ normal(4, 4, seed=3)
+        view = a[:, 1:]
+        b = a + v  # a is read again through its view
+        c = b * 2.0
+        d = c - v  # c is dead: in place
+        e = d + d.T.contiguous().T  # shares no memory
+        return [e, b, view + 0.0, v * 1.0, d * 0.5]
+
+    program, _ = record(function, [normal(4, 4)])
+    v = normal(4, 4, seed=7)
+    kept = v.clone()
+    for got, expected in zip(program(v), function(v), strict=True):
+        assert got is not None and torch.allclose(got, expected, rtol=1e-13, atol=1e-14)
+    assert torch.equal(v, kept)

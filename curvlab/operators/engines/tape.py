@@ -26,6 +26,14 @@ __all__ = ["LinearProgram", "Unrecordable", "record"]
 aten = torch.ops.aten
 # Sum of two products as one call that accumulates: the second product is not written out and read again.
 _FACTORS = {aten.mm.default: aten.addmm.default, aten.bmm.default: aten.baddbmm.default}
+# Elementwise operations that may write over their first argument once nobody else reads it.
+_IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.neg.default: aten.neg_.default,
+}
 
 
 class Unrecordable(RuntimeError):
@@ -189,6 +197,7 @@ class LinearProgram:
         self.recording_bytes = _bytes_of([slot.tensor for step in steps for slot in step.outputs if slot])
         steps = _accumulate_products(steps, outputs)
         self.temporary_bytes = _peak_bytes(steps, outputs, inputs)
+        _reuse_memory(steps, inputs, outputs)
         self._run, self.constants = _compile(steps, inputs, outputs, rounded)
         self.constant_bytes = _bytes_of(self.constants)
         self.num_steps = len(steps)
@@ -253,6 +262,36 @@ def _accumulate_products(steps: list[_Step], outputs: list[_Slot | None]) -> lis
             dropped.add(id(maker))
             break
     return [step for step in steps if id(step) not in dropped]
+
+
+def _reuse_memory(steps: list[_Step], inputs: list[_Slot], outputs: list[_Slot | None]) -> None:
+    """Elementwise steps write over an argument that is read for the last time: fresh memory costs as much as the sum.
+
+    Memory counts as read while any value that shares it is.
+    """
+    last: dict[int | None, int] = {}
+    for i, step in enumerate(steps):
+        for slot in step.slots():
+            last[_storage(slot.tensor)] = i
+    for slot in (*inputs, *outputs):
+        if slot is not None:
+            last[_storage(slot.tensor)] = len(steps)
+    for i, step in enumerate(steps):
+        if step.function not in _IN_PLACE or step.outputs[0] is None:
+            continue
+        target = step.arguments[0]
+        if not isinstance(target, _Slot) or not _is_alike(target.tensor, step.outputs[0].tensor):
+            continue
+        own = _storage(target.tensor)
+        others = {_storage(argument.tensor) for argument in step.slots()[1:]}
+        if own is not None and last[own] == i and own not in others:
+            step.function = _IN_PLACE[step.function]
+
+
+def _is_alike(target: Tensor, result: Tensor) -> bool:
+    """Same layout and dtype, and ``target`` is all there is in its memory."""
+    same = target.shape == result.shape and target.stride() == result.stride() and target.dtype == result.dtype
+    return same and target.untyped_storage().nbytes() == target.numel() * target.element_size()
 
 
 def _peak_bytes(steps: list[_Step], outputs: list[_Slot | None], inputs: list[_Slot]) -> int:
