@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -122,11 +123,12 @@ def test_tiny_and_zero(size: int, fill: float) -> None:
 
 def test_refusals() -> None:
     A = operator(MATRIX)
-    for arguments, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"num_probes": 0}, "num_probes must be an integer of at least 1, got 0"),
         ({"num_steps": 1.5}, "num_steps must be an integer of at least 1, got 1.5"),
         ({"num_steps": 20, "memory_budget": 12000}, "memory_budget must be at least 25200 bytes .* 9 steps would fit"),
-    ):
+    ]
+    for arguments, message in cases:
         with pytest.raises(ValueError, match=f"slq_density: {message}"):
             slq_density(A, **arguments)
     with pytest.raises(ValueError, match=r"log_determinant: shift must be a finite number above 0, got 0.0"):

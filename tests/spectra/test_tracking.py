@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,13 +109,14 @@ def test_is_a_callback_of_the_training_loop() -> None:
 
 
 def test_refusals() -> None:
-    for arguments, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"k": 0}, "k must be an integer of at least 1, got 0"),
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"unit": "hours"}, "unit must be 'steps' or 'epochs', got 'hours'"),
         ({"budget_share": 0.0}, "budget_share must be above 0 and at most 1, got 0.0"),
         ({"tol": -1.0}, "tol must be a finite number above 0"),
-    ):
+    ]
+    for arguments, message in cases:
         with pytest.raises(ValueError, match=f"EigenpairTracker: {message}"):
             EigenpairTracker(grown, **arguments)
 
@@ -123,9 +125,9 @@ def test_figures() -> None:
     tracker = EigenpairTracker(grown, k=2, every=2, unit="steps")
     drive(tracker, 6)
     axes = plot_track(tracker.rows, threshold=120.0)
-    drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == 4]
+    drawn = [line for line in axes.get_lines() if np.size(line.get_xdata()) == 4]
     for i in range(2):
-        assert list(drawn[i].get_ydata()) == [row["values"][i] for row in tracker.rows]
+        assert np.asarray(drawn[i].get_ydata()).tolist() == [row["values"][i] for row in tracker.rows]
     with pytest.raises(ValueError, match="plot_track: rows must hold at least one row with 'step', got 0 rows"):
         plot_track([])
 
