@@ -7,13 +7,13 @@ at a time.  The Hessian is recorded as the derivative of the gradient along v (f
 forward derivatives gets the double backward recorded instead, and one that cannot be recorded keeps its autograd
 graph.  :attr:`LinearizedEngine.routes` says which it was and why.
 
-Measured, one thread, CPU ms for one product, best of 4: kept graph and one ``autograd.grad`` / recorded double backward
-/ recorded forward over reverse, channels-last where there are convolutions:
+Measured, one thread, CPU ms for one product, best of 3 or more: kept graph and one ``autograd.grad`` / this engine
+(float32, channels-last where there are convolutions; the machine was shared):
 
-    MLP 784-1024-1024-10, N=512       52.6 /  51.0 /  50.9
-    CNN 3 conv, 2 fc, N=256            359 /   367 /   260
-    ResNet-20, BatchNorm eval, N=32    243 /   228 /   173
-    MLP 784-32-32-32-10, N=128        0.54 /  0.42 /  0.36; eight at a time 0.20 each
+    MLP 784-1024-1024-10, N=512        53.2 /  54.1
+    CNN 3 conv, 2 fc, N=256             412 /   263
+    ResNet-20, BatchNorm eval, N=32     282 /   191
+    MLP 784-32-32-32-10, N=128         0.72 /  0.64; eight at a time 0.25 each
 """
 
 from __future__ import annotations
