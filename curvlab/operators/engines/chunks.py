@@ -15,7 +15,7 @@ __all__ = ["Plan", "make_plan", "split"]
 
 # Elements of the largest tangent of a pass. Measured, one thread with 2 MB of L2: convolutions reach their full rate at
 # 16 images; tensors past 4 MB pay for memory, below that for calls.
-_TARGET_ELEMENTS = 1 << 20
+_TARGET_ELEMENTS = 1 << 22
 _FEW_SAMPLES = 16
 
 

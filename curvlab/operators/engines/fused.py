@@ -62,7 +62,7 @@ class FusedEngine:
 
     Attributes:
         plan: samples a chunk, directions a pass, and bytes; :class:`curvlab.operators.engines.chunks.Plan`.
-        note: what reports should say (whether CUDA graphs are replayed), or "".
+        notes: what reports should say: the chunks, and whether CUDA graphs are replayed.
 
     Raises:
         UnsupportedModel: naming the node and the layer.
@@ -96,9 +96,10 @@ class FusedEngine:
         self._replays = graph_capture.Replays(problem.device)
 
     @property
-    def note(self) -> str:
-        """Whether CUDA graphs are replayed, and why not."""
-        return self._replays.note
+    def notes(self) -> tuple[str, ...]:
+        """How work is cut, and whether CUDA graphs are replayed."""
+        cut = f"chunks of {self.plan.samples} samples, {self.plan.kept} bytes kept"
+        return (cut, self._replays.note) if self._replays.note else (cut,)
 
     def _build(self) -> None:
         sizes: list[int] = []
@@ -185,8 +186,8 @@ class FusedEngine:
     def _primal(self, batch: int, inputs: Any, targets: Tensor, second: bool) -> _Chunk:
         program = self.program
         values: list[Tensor | None] = [None] * len(program.slots)
-        named = inputs if isinstance(inputs, Mapping) else None
-        listed = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+        named: Mapping[str, Any] | None = inputs if isinstance(inputs, Mapping) else None
+        listed: list[Any] = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
         for i, (name, slot) in enumerate(program.input_slots.items()):
             values[slot] = named[name] if named is not None else listed[i]
         needed = {slot for step in self.steps for slot in step.deltas()} if second else set()
@@ -354,7 +355,8 @@ class FusedEngine:
         if self.problem.device.type != "cuda":
             yield
             return
-        matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
+        matmul: Any = torch.backends.cuda.matmul
+        conv: Any = torch.backends.cudnn
         before = matmul.allow_tf32, conv.allow_tf32
         matmul.allow_tf32 = conv.allow_tf32 = self.precision == "tf32"
         try:

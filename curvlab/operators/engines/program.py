@@ -175,9 +175,9 @@ def _visit_call(builder: Builder, node: fx.Node) -> None:
         prefix = str(node.target)
         own = builder.modules[prefix].named_parameters(remove_duplicate=False)
         touched |= {builder.aliases[f"{prefix}.{name}"] for name, _ in own}
-    if slots and not any(builder.is_active(slot) for slot in slots) and not touched & builder.chosen:
-        if _add_constant(builder, node, arguments, slots):
-            return
+    constant = bool(slots) and not any(builder.is_active(slot) for slot in slots) and not touched & builder.chosen
+    if constant and _add_constant(builder, node, arguments, slots):
+        return
     key = builder.modules[str(node.target)] if node.op == "call_module" else node.target
     rule = find_rule(key)  # type: ignore[arg-type]
     if rule is None:

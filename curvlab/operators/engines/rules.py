@@ -15,11 +15,9 @@ Nodes whose inputs do not depend on chosen parameters need no rule: what they co
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from curvlab.operators.engines.protocol import UnsupportedModel

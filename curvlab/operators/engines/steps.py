@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The steps of a curvature program: what one layer contributes to every product.
 
-With z = step(x; w), a direction v and R = d/dt at theta + t v (Pearlmutter 1994), a step carries the tangents Rx forward
-and the tangents Rδ of the backward signals δ = dL/dz backward, K directions at once.  What depends on theta alone (x, δ,
-masks, pooling indices) is computed once, in float64, and kept in the working dtype.
+With z = step(x; w), a direction v and R = d/dt at theta + t v (Pearlmutter 1994), a step carries the tangents Rx
+forward and the tangents Rδ of the backward signals δ = dL/dz backward, K directions at once.  What depends on theta
+alone (x, δ, masks, pooling indices) is computed once, in float64, and kept in the working dtype.
 
 Layout: a value of natural shape ``[n, C, H, W]`` is kept as ``[n, H, W, C]``, any other as it is; tangents have the
 directions in front, ``[K, n, H, W, C]``, and are contiguous.
@@ -144,12 +144,11 @@ class Run:
 
     def give(self, slot: int, signal: Tensor) -> None:
         """Add to the signal that arrives at a slot. The tensor stays the giver's: two slots may share it."""
+        second = self.g2[slot]
         if self.g[slot] is None:
             self.g[slot] = signal
-        elif self.g2[slot] is None:
-            self.g2[slot] = signal
         else:
-            self.g2[slot] = self.g2[slot] + signal
+            self.g2[slot] = signal if second is None else second + signal
 
     def take(self, slot: int) -> Tensor | None:
         """The signal that arrived, and forget it."""

@@ -87,7 +87,9 @@ class ActivationStep(Step):
         if run.second and curved is not None:
             if residual is None:
                 run.extra[self.index] = x
-                run.t[self.output] = hvp.tangent_forward(x, first=first)
+                result = hvp.tangent_forward(x, first=first)
+                assert isinstance(result, Tensor)
+                run.t[self.output] = result
             else:
                 pair = hvp.tangent_forward(x, residual=residual, first=first, keep_pre=True)
                 run.t[self.output], run.extra[self.index] = pair
@@ -120,7 +122,7 @@ class ActivationStep(Step):
                 pre=pre,
                 out_gy=out,
                 out_bias=target,
-                accumulate=not (run.fresh and sunk.fresh),
+                accumulate=not (run.fresh and sunk.fresh_bias),
             )[0]
         else:
             gz, _, sums, _ = hvp.tangent_backward(
@@ -171,12 +173,12 @@ class ScaleStep(Step):
         return self.function(values[0])
 
     def forward(self, run: Run, kept: Any, bound: Any) -> None:
-        """c Rx."""
+        """The factor times Rx."""
         t = run.t[self.inputs[0]]
         run.t[self.output] = t if t is None or self.factor == 1.0 else t * self.factor
 
     def backward(self, run: Run, kept: Any, bound: Any) -> None:
-        """c Rδ."""
+        """The factor times Rδ."""
         signal = run.take(self.output)
         if signal is not None:
             run.give(self.inputs[0], signal if self.factor == 1.0 else signal * self.factor)

@@ -47,7 +47,8 @@ class AffineBound:
     want_weight: bool = False
     want_bias: bool = False
     gathered: Any = None
-    fresh: bool = True
+    fresh_weight: bool = True  # the first chunk may write where it would add
+    fresh_bias: bool = True
     flipped: Any = None
     gain: Tensor | None = None  # Rs
 
@@ -154,6 +155,7 @@ class AffineStep(Step):
         bound.gain = rs
         total = None if bias is None else s * bias
         if rs is not None:
+            assert self._offset is not None
             part = rs * self._offset
             total = part if total is None else total + part
         if shift is not None:
@@ -178,7 +180,8 @@ class AffineStep(Step):
             else:
                 shape = (product.count, self.raw_weight.shape[0])
                 bound.out_bias = product.result.new_zeros(shape)
-        bound.fresh = not (self.names["weight"] in product.zeroed or self.names.get("bias") in product.zeroed)
+        bound.fresh_weight = self.names["weight"] not in product.zeroed
+        bound.fresh_bias = self.names.get("bias") not in product.zeroed
 
     def add_bias(self, run: Run, bound: AffineBound, signal: Tensor) -> None:
         """Column sums of the signal, where the step after this one did not take them already."""
@@ -190,13 +193,13 @@ class AffineStep(Step):
         """Add column sums ``[k, O]`` to what was gathered."""
         assert bound.out_bias is not None
         target = bound.out_bias[run.lo : run.hi]
-        if run.fresh and bound.fresh:
+        if run.fresh and bound.fresh_bias:
             target.copy_(sums)
         else:
             target.add_(sums)
 
     def finish_folded(self, product: Product, bound: AffineBound, weight: Tensor | None) -> None:
-        """From ``weight``, the tangent of G' ``[K, *W.shape]``, and that of g', to the chosen parameters' derivatives."""
+        """From ``weight``, the tangent of G' ``[K, *W.shape]``, and that of g', to those of chosen parameters."""
         s, sums = self._scale, bound.out_bias
         assert s is not None
         own = self.gradient if product.second else None

@@ -3,8 +3,8 @@ r"""Convolutions: ``z = W * x + b``, channels last, by the library's convolution
 
     Rz = W * Rx + V * x + v_b;   Rδx = W^T * Rδ + V^T * δ;   (H v)_W = x ⋆ Rδ + Rx ⋆ δ
 
-With float32 on the CPU the second convolution of a sum adds to the first one's output (oneDNN's ``sum`` post-operation):
-no pass over memory between them.  With stride 1 and one group, W^T * δ is a convolution with the flipped weight, so the
+With float32 on the CPU the second convolution of a sum adds to the first one's output (oneDNN's ``sum``
+post-operation): no pass over memory between them.  With stride 1 and one group, W^T * δ is a convolution with the flipped weight, so the
 same holds downwards.
 """
 

@@ -61,10 +61,8 @@ class LinearStep(AffineStep):
         out = None
         if bound.weight is not None:
             factors = x.view(1, rows, -1).expand(k, -1, -1), bound.weight[run.lo : run.hi].mT
-            if bound.bias is None:
-                out = torch.bmm(*factors)
-            else:
-                out = torch.baddbmm(bound.bias[run.lo : run.hi], *factors)
+            bias = bound.bias
+            out = torch.bmm(*factors) if bias is None else torch.baddbmm(bias[run.lo : run.hi], *factors)
         elif bound.bias is not None:
             out = bound.bias[run.lo : run.hi].expand(-1, rows, -1).contiguous()
         if t is not None:
@@ -86,10 +84,12 @@ class LinearStep(AffineStep):
         t = run.t[self.inputs[0]]
         g = signal.view(k, rows, -1)
         second = run.second and delta is not None
-        shared = delta.view(1, rows, -1).expand(k, -1, -1) if second else None
+        shared = delta.view(1, rows, -1).expand(k, -1, -1) if second and delta is not None else None
         self.add_bias(run, bound, signal)
         if bound.want_weight:
-            self._add_weight(run, bound, (g.mT, x.view(1, rows, -1).expand(k, -1, -1)), run.fresh and bound.fresh)
+            self._add_weight(
+                run, bound, (g.mT, x.view(1, rows, -1).expand(k, -1, -1)), run.fresh and bound.fresh_weight
+            )
             if shared is not None and t is not None:
                 self._add_weight(run, bound, (shared.mT, t.view(k, rows, -1)), False)
         if self.has_tangent():

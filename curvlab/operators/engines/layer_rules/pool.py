@@ -211,7 +211,7 @@ _AVERAGE_ARGUMENTS = ("kernel_size", "stride", "padding", "ceil_mode", "count_in
 
 def _add_average(builder: Builder, node: Any, x: int, values: Sequence[Any]) -> None:
     _check_image(builder, node, x)
-    options = dict(zip(_AVERAGE_ARGUMENTS, values, strict=True))
+    options: dict[str, Any] = dict(zip(_AVERAGE_ARGUMENTS, values, strict=True))
     if options["stride"] in (None, [], ()):
         options["stride"] = options["kernel_size"]
     builder.add(node, AveragePoolStep(builder.label(node), (x,), builder.new_slot(), options, False))

@@ -13,7 +13,7 @@ from torch.nn import functional
 from curvlab.operators.engines.rules import Builder, register_function, register_method, register_module
 from curvlab.operators.engines.steps import Run, Slot, Step, to_internal, to_natural
 
-__all__ = ["CatStep", "ReshapeStep"]
+__all__ = ["CatStep", "ReshapeStep", "TransposeStep"]
 
 
 class ReshapeStep(Step):
@@ -44,6 +44,29 @@ class ReshapeStep(Step):
         signal = run.take(self.output)
         if signal is not None:
             run.give(self.inputs[0], self._moved(signal, self.after, self.before))
+
+
+class TransposeStep(Step):
+    """``[n, T, C]`` to ``[n, C, T]``."""
+
+    fresh_signal = True
+    fresh_tangent = True
+
+    def primal(self, values: Sequence[Tensor], theta: Mapping[str, Tensor]) -> Tensor:
+        """The transposed value."""
+        return values[0].transpose(1, 2)
+
+    def forward(self, run: Run, kept: Any, bound: Any) -> None:
+        """The tangents, transposed."""
+        t = run.t[self.inputs[0]]
+        if t is not None:
+            run.t[self.output] = t.transpose(2, 3).clone(memory_format=torch.contiguous_format)
+
+    def backward(self, run: Run, kept: Any, bound: Any) -> None:
+        """The signals, transposed back."""
+        signal = run.take(self.output)
+        if signal is not None:
+            run.give(self.inputs[0], signal.transpose(2, 3).clone(memory_format=torch.contiguous_format))
 
 
 class CatStep(Step):
@@ -114,6 +137,24 @@ def _reshape(builder: Builder, node: Any, module: Any) -> None:
     probe = builder.probe[slot].contiguous()
     result = getattr(probe, node.target if isinstance(node.target, str) else node.target.__name__)(*values, **options)
     _add_reshape(builder, node, slot, result)
+
+
+@register_function(torch.transpose, torch.permute)
+@register_method("transpose", "permute")
+def _transpose(builder: Builder, node: Any, module: Any) -> None:
+    slot = builder.slot(node, node.args[0])
+    axes = builder.value(node, node.args[1:])
+    axes = tuple(axes[0]) if axes and isinstance(axes[0], (tuple, list)) else axes
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    wanted = {1, 2} if name == "transpose" else (0, 2, 1)
+    given = tuple(axis % 3 for axis in axes)
+    if (
+        node.kwargs
+        or len(builder.program.slots[slot].shape) != 2
+        or (set(given) if name == "transpose" else given) != wanted
+    ):
+        raise builder.unsupported(node, f"axes {axes} of inputs ['N', *{builder.program.slots[slot].shape}]")
+    builder.add(node, TransposeStep(builder.label(node), (slot,), builder.new_slot()))
 
 
 @register_function(torch.cat, torch.concat)
