@@ -48,8 +48,11 @@ class Features:
 
     def groups(self, metric: str, labels: str) -> Groups:
         """By N/n, one value a seed; ``labels`` is clean, noisy, or both for what does not depend on them."""
-        found = groups(self.rows, f"feature_{metric}", "features", labels=labels)
-        return {count / self.num_samples: values for count, values in found.items() if count}
+        found: Groups = {}
+        for line in self.by_seed(metric, labels).values():
+            for ratio, value in line.items():
+                found.setdefault(ratio, []).append(value)
+        return dict(sorted(found.items()))
 
     def by_seed(self, metric: str, labels: str) -> dict[int, dict[float, float]]:
         """Seed -> N/n -> value."""
@@ -144,6 +147,15 @@ class Sweeps:
         """What all arms of a network cost."""
         spent = ("train_seconds", "measure_seconds")
         return sum(row["value"] for row in self.rows if row["metric"] in spent and row.get("network") == network)
+
+
+def pooled_means(found: Groups, *, geometric: bool = False) -> dict[float, Estimate]:
+    """Means by size with the (geometric: relative) spread pooled over the sizes: two seeds alone say little."""
+    spread = (pooled_log_sd if geometric else pooled_sd)(found) if found else None
+    average = geometric_mean_interval if geometric else mean_interval
+    if spread is None or spread.df == 0:
+        return {size: average(values) for size, values in found.items()}
+    return {size: average(values, pooled_sd=spread.sd, df=spread.df) for size, values in found.items()}
 
 
 def descent_claims(sweeps: Sweeps) -> list[Claim]:

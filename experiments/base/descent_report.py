@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from curvlab.runs import figures as draw
-from curvlab.runs.stats import Estimate, geometric_mean_interval, mean_interval
+from curvlab.runs.stats import Estimate
 from curvlab.runs.svg import INK
 from curvlab.runs.tables import Table
 from experiments.base import paper
-from experiments.base.descent import Features, Groups, Sweeps
+from experiments.base.descent import Features, Groups, Sweeps, pooled_means
 from experiments.base.rows import groups
 
 
@@ -28,8 +30,9 @@ def descent_tables(sweeps: Sweeps) -> list[Table]:
     heads = ["arm", "size", "parameters", "train %", "test %", "paper's test %", "collapsed", "train loss", "λ_max",
              "λ_max/loss", "trace", "‖Hv−λv‖/λ", "time s"]  # fmt: skip
     about = (
-        "Means over seeds with 95 % t intervals; losses, λ_max and trace: geometric means. Train % and loss: eval "
-        "mode, the labels trained on. Collapsed networks are counted and in no mean. Time: training and measuring."
+        "Means over seeds with 95 % t intervals, the spread pooled over the sizes of an arm; losses, λ and "
+        "traces: geometric. Train % and loss: eval mode, the labels trained on. Collapsed networks are counted and in no "
+        "mean. Time: training and measuring."
     )
     found = [Table("Error and curvature by size", heads, lines, about)] if lines else []
     return [*found, *_feature_table(sweeps.features)]
@@ -40,11 +43,11 @@ def _line(sweeps: Sweeps, label: str, where: Mapping[str, Any], size: float, los
         return _arm(sweeps, metric, where).get(size, [])
 
     def percent(metric: str) -> Estimate | None:
-        return mean_interval([100 * v for v in values(metric)]) if values(metric) else None
+        mean = pooled_means(_arm(sweeps, metric, where)).get(size)
+        return mean.scaled(100) if mean else None
 
     def geometric(metric: str) -> Estimate | None:
-        found = values(metric)
-        return geometric_mean_interval(found) if found and min(found) > 0 else None
+        return pooled_means(_positive(_arm(sweeps, metric, where)), geometric=True).get(size)
 
     published = {"mlp": paper.DESCENT_MLP, "cnn": paper.DESCENT_CNN}[where["network"]].get(int(size))
     compared = (
@@ -74,16 +77,16 @@ def _arm(sweeps: Sweeps, metric: str, where: Mapping[str, Any]) -> Groups:
 
 
 def _feature_table(features: Features) -> list[Table]:
-    columns = {name: features.groups(name, "both") for name in ("lambda_max", "lambda_min", "trace")}
+    columns = {name: _pooled(features, name, "both") for name in ("lambda_max", "lambda_min", "trace")}
+    norms = _pooled(features, "norm", "clean")
+    squares = {labels: _pooled(features, "test_mse", labels) for labels in ("clean", "noisy")}
+    shares = {labels: pooled_means(features.groups("test_accuracy", labels)) for labels in squares}
     lines = []
     for ratio in columns["lambda_max"]:
         line: list[Any] = [ratio]
         for labels in ("clean", "noisy"):
-            line.append(_geometric(features.groups("test_mse", labels), ratio))
-            errors = [100 * (1 - v) for v in features.groups("test_accuracy", labels).get(ratio, [])]
-            line.append(mean_interval(errors) if errors else None)
-        line.append(_geometric(features.groups("norm", "clean"), ratio))
-        lines.append([*line, *(_geometric(found, ratio) for found in columns.values())])
+            line += [squares[labels].get(ratio), _error(shares[labels].get(ratio))]
+        lines.append([*line, norms.get(ratio), *(found.get(ratio) for found in columns.values())])
     if not lines:
         return []
     heads = [
@@ -99,13 +102,27 @@ def _feature_table(features: Features) -> list[Table]:
     ]
     about = (
         f"n = {features.num_samples} training images, minimum-norm least squares; geometric means over draws of the "
-        "features (test error: arithmetic). λ: eigenvalues of ΦᵀΦ/n, exact."
+        "features (test error: arithmetic), spread pooled over N. "
+        " λ: eigenvalues of ΦᵀΦ/n, exact."
     )
     return [Table("Random ReLU features", heads, lines, about)]
 
 
-def _geometric(found: Groups, ratio: float) -> Estimate | None:
-    return geometric_mean_interval(found[ratio]) if ratio in found and min(found[ratio]) > 0 else None
+def _positive(found: Groups) -> Groups:
+    """Sizes whose values all have a logarithm."""
+    return {size: values for size, values in found.items() if min(values) > 0}
+
+
+def _pooled(features: Features, metric: str, labels: str) -> dict[float, Estimate]:
+    """Geometric means by N/n."""
+    return pooled_means(_positive(features.groups(metric, labels)), geometric=True)
+
+
+def _error(share: Estimate | None) -> Estimate | None:
+    """Percent of errors from a share of hits."""
+    if share is None:
+        return None
+    return replace(share, value=100 - 100 * share.value, low=100 - 100 * share.high, high=100 - 100 * share.low)
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -131,8 +148,8 @@ def sweep_figure(sweeps: Sweeps) -> draw.Figure:
         for column, (network, xlabel) in enumerate((("mlp", "width (MLP)"), ("cnn", "channels (CNN)"))):
             _sweep_panel(sweeps, panels[2 * row + column], network, metric, xlabel, ylabel, is_first=row == 0)
     caption = (
-        "Dots: seeds; markers: means with 95 % intervals (λ: geometric); crosses at the top: collapsed networks, in no "
-        "mean; hollow diamonds: the paper's means (its c = 8 averages a diverged run in), at its own protocol."
+        "Dots: seeds; markers: means (λ: geometric) with 95 % intervals, spread pooled over an arm; crosses at "
+        "the top: collapsed networks, in no mean; hollow diamonds: the paper's means (its c = 8 averages a diverged run in), at its own protocol."
     )
     return draw.Figure("sweeps", "Error and curvature along the size", caption, figure)
 
@@ -145,10 +162,12 @@ def _sweep_panel(
     arms = {label: where for label, where in sweeps.arms().items() if where["network"] == network}
     for series, (label, where) in enumerate(arms.items()):
         found = _arm(sweeps, metric, where)
-        if is_log:
-            found = {size: values for size, values in found.items() if min(values) > 0}
+        found = _positive(found) if is_log else found
         if found:
-            draw.plot_groups(axes, found, series=series, label=label if is_first else "", geometric=is_log)
+            draw.plot_groups(
+                axes, found, series=series, label=label if is_first else "", geometric=is_log,
+                intervals=pooled_means(found, geometric=is_log),
+            )  # fmt: skip
         sizes |= set(found)
         if is_first:
             _plot_collapsed(axes, groups(sweeps.rows, "collapsed", "size", **where), series)
@@ -170,7 +189,8 @@ def _plot_collapsed(axes: Axes, found: Groups, series: int) -> None:
             )
             axes.annotate(
                 f"{sum(values):g} of {len(values)} collapsed", (size, 0.97), xycoords=axes.get_xaxis_transform(),
-                xytext=(6, -3), textcoords="offset points", fontsize=8, color=INK,
+                xytext=(-6 if size == max(found) else 6, -3), textcoords="offset points", fontsize=8, color=INK,
+                ha="right" if size == max(found) else "left",
             )  # fmt: skip
 
 
@@ -205,18 +225,21 @@ def feature_figure(features: Features) -> draw.Figure:
     for series, (labels, words) in enumerate((("clean", "true labels"), ("noisy", "wrong labels in part"))):
         found = features.groups("test_mse", labels)
         tops += [max(values) for values in found.values()]
-        draw.plot_groups(panels[0], found, series=series, label=words, geometric=True)
+        draw.plot_groups(panels[0], found, series=series, label=words, geometric=True,
+                         intervals=_pooled(features, "test_mse", labels))  # fmt: skip
     draw.plot_guide(panels[0], [1.0, 1.0], [0.2, max(tops)], label="N = n")
     draw.set_axes(panels[0], xlabel="N/n", ylabel="squared test error", log_x=True, log_y=True)
     names = {"lambda_max": "λ_max", "trace": "trace", "lambda_min": "smallest nonzero eigenvalue"}
     for series, (metric, words) in enumerate(names.items()):
         found = features.groups(metric, "both")
-        draw.plot_groups(panels[1], found, series=series, label=words, geometric=True)
+        draw.plot_groups(panels[1], found, series=series, label=words, geometric=True,
+                         intervals=_pooled(features, metric, "both"))  # fmt: skip
     ends = [value for values in features.groups("lambda_min", "both").values() for value in values]
     draw.plot_guide(panels[1], [1.0, 1.0], [min(ends), max(features.groups("trace", "both")[1.0])] if 1.0 in
                     features.groups("trace", "both") else [min(ends), max(ends)])  # fmt: skip
     draw.set_axes(panels[1], xlabel="N/n", ylabel="eigenvalues of ΦᵀΦ/n", log_x=True, log_y=True)
     for axes in panels:
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
         draw.add_legend(axes)
     caption = f"Minimum-norm least squares on N random ReLU features, n = {features.num_samples}; dots: draws."
     return draw.Figure("features", "The exactly solvable double descent", caption, figure)

@@ -94,6 +94,12 @@ def test_the_peak_stands_at_n_and_the_law_says_so(tmp_path) -> None:
     config = replace(study.PRESETS["smoke"], feature_samples=100)
     laws = study.laws(run.rows(), config)
     assert len(laws) == 2 and all(law.holds for law in laws)
+    claims = {claim.id: claim for claim in study.claims(run.rows(), config)}
+    assert claims["features_curvature"].verdict is Verdict.REPRODUCED
+    assert claims["features_descent"].measured is not None and "times smaller" in claims["features_curvature"].note
+    table = next(table for table in study.tables(run.rows(), config) if table.title == "Random ReLU features")
+    assert [line[0] for line in table.rows] == [0.3, 0.5, 0.8, 1.0, 1.25, 2.0, 8.0]
+    assert [figure.name for figure in study.figures(run.rows(), config)] == ["features"]
     moved = [{**row, "features": 2 * row["features"]} for row in run.rows()]
     assert not study.laws(moved, config)[0].holds
 
