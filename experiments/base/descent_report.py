@@ -31,8 +31,8 @@ def descent_tables(sweeps: Sweeps) -> list[Table]:
              "λ_max/loss", "trace", "‖Hv−λv‖/λ", "time s"]  # fmt: skip
     about = (
         "Means over seeds with 95 % t intervals, the spread pooled over the sizes of an arm; losses, λ and "
-        "traces: geometric. Train % and loss: eval mode, the labels trained on. Collapsed networks are counted and in no "
-        "mean. Time: training and measuring."
+        "traces: geometric. Train % and loss: eval mode, the labels trained on. Collapsed networks are counted and in "
+        "no mean. Time: training and measuring."
     )
     found = [Table("Error and curvature by size", heads, lines, about)] if lines else []
     return [*found, *_feature_table(sweeps.features)]
@@ -149,7 +149,8 @@ def sweep_figure(sweeps: Sweeps) -> draw.Figure:
             _sweep_panel(sweeps, panels[2 * row + column], network, metric, xlabel, ylabel, is_first=row == 0)
     caption = (
         "Dots: seeds; markers: means (λ: geometric) with 95 % intervals, spread pooled over an arm; crosses at "
-        "the top: collapsed networks, in no mean; hollow diamonds: the paper's means (its c = 8 averages a diverged run in), at its own protocol."
+        "the top: collapsed networks, in no mean; hollow diamonds: the paper's means (its c = 8 averages a "
+        "diverged run in), at its own protocol."
     )
     return draw.Figure("sweeps", "Error and curvature along the size", caption, figure)
 
