@@ -226,9 +226,7 @@ def expand(config: Config) -> list[Unit]:
     less = whole | {"power_iterations": 0, "sigmas": ()}
     lr, epochs = arms["as-written"][small]
     found: list[Unit] = [
-        Symmetries(
-            small, lr, epochs, 0, **common, symmetry_samples=min(100, config.num_train), strength=config.strength
-        )
+        Symmetries(small, lr, epochs, 0, **common, symmetry_samples=min(32, config.num_train), strength=config.strength)
     ]
     for seed in range(config.seeds):
         for batch, (lr, epochs) in arms["as-written"].items():
@@ -324,7 +322,7 @@ def cost(unit: Unit) -> float:
     """Seconds on one slow core, roughly, for a network that is in the store."""
     product = 16 * (4.75e4 * unit.channels + 3.6e4 * unit.channels**2) / 5e10  # seconds a sample
     if isinstance(unit, Symmetries):
-        return 2.0 + 150 * product * unit.symmetry_samples
+        return 2.0 + 3000 * product * unit.symmetry_samples  # float64, three networks, every block
     if isinstance(unit, Landscape):
         points = unit.plane_points**2 + 2 * unit.line_points
         steps = unit.density_probes * unit.density_steps
