@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlab.operators.curvatures import OuterProductCurvature, SoftmaxCurvature
 from curvlab.operators.engines import graph_capture
 from curvlab.operators.engines.chunks import make_plan, rows_at_once, split
+from curvlab.operators.engines.heads import Head, make_head, sampled_curvatures
 from curvlab.operators.engines.layer_rules.affine import AffineStep
 from curvlab.operators.engines.layer_rules.norm import FixedNormStep
 from curvlab.operators.engines.program import build_program
@@ -30,11 +30,8 @@ from curvlab.operators.engines.protocol import batch_generator, draw_seed
 from curvlab.operators.engines.steps import Kept, Product, Run, Step, to_internal, to_natural
 from curvlab.operators.losses import CustomLoss, SoftmaxCrossEntropy, SquaredError
 from curvlab.operators.problem import Problem
-from curvlab.ops import hvp
 
 __all__ = ["FusedEngine"]
-
-Head = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -284,52 +281,23 @@ class FusedEngine:
         assert tangent is not None
         return to_natural(tangent, 2).reshape(run.k, -1).to(self.dtype)
 
-    def _head(self, chunk: _Chunk, curvature: Any) -> Head:
-        """``u [K, n, ...]``, laid out, to ``B u / Z``, laid out."""
-        scale = 1.0 / self.problem.normalizer
-        if isinstance(curvature, SoftmaxCurvature) and chunk.outputs.ndim == 2:
-            own = curvature.to(self.dtype)
-            p, label = own.probabilities.contiguous(), own.label.contiguous()
-            weight = (curvature.weight * scale).to(self.dtype)
-            if self.compute == self.dtype:
-                return lambda u: hvp.softmax_hessian_product(p, label, weight, u)
-            return lambda u: hvp.softmax_hessian_product(p, label, weight, u.to(p.dtype)).to(u.dtype)
-        if isinstance(curvature, (SoftmaxCurvature, OuterProductCurvature)):
-            curvature = curvature.to(self.dtype)
-        return lambda u: to_internal(curvature(to_natural(u, 2).to(self.dtype)) * scale, 2).to(u.dtype)
-
     def _heads_of(self, kind: str) -> list[Head]:
         """The curvature of the outputs, chunk by chunk; sampled kinds are drawn batch by batch, once."""
         if kind not in self._heads:
+            loss, curvatures = self.problem.loss, []
             if kind == "monte_carlo":
-                self._heads[kind] = self._sampled_heads()
+                for batch in range(len(self._batch_sizes)):
+                    parts = [(chunk.outputs, chunk.targets) for chunk in self._chunks if chunk.batch == batch]
+                    generator = batch_generator(self._seed, batch, parts[0][0].device)
+                    curvatures += sampled_curvatures(loss, parts, self.num_samples, generator)
             else:
-                self._heads[kind] = [
-                    self._head(chunk, self.problem.loss.curvature(chunk.outputs, chunk.targets, kind))
-                    for chunk in self._chunks
-                ]
+                curvatures = [loss.curvature(chunk.outputs, chunk.targets, kind) for chunk in self._chunks]
+            scale = 1.0 / self.problem.normalizer
+            self._heads[kind] = [
+                make_head(curvature, chunk.outputs.ndim, scale, self.dtype)
+                for curvature, chunk in zip(curvatures, self._chunks, strict=True)
+            ]
         return self._heads[kind]
-
-    def _sampled_heads(self) -> list[Head]:
-        heads: list[Head] = []
-        for batch in range(len(self._batch_sizes)):
-            chunks = [chunk for chunk in self._chunks if chunk.batch == batch]
-            outputs = torch.cat([chunk.outputs for chunk in chunks])
-            targets = torch.cat([chunk.targets for chunk in chunks])
-            generator = batch_generator(self._seed, batch, outputs.device)
-            options = {"num_samples": self.num_samples, "generator": generator}
-            curvature = self.problem.loss.curvature(outputs, targets, "monte_carlo", **options)
-            if len(chunks) == 1:
-                heads.append(self._head(chunks[0], curvature))
-                continue
-            assert isinstance(curvature, OuterProductCurvature)
-            rows = curvature.vectors.shape[1] // len(targets)
-            start = 0
-            for chunk in chunks:
-                vectors = curvature.vectors[:, start * rows : (start + chunk.n) * rows]
-                heads.append(self._head(chunk, OuterProductCurvature(vectors, classes_last=curvature.classes_last)))
-                start += chunk.n
-        return heads
 
     def _checked(self, name: str, rows: Tensor, columns: int) -> Tensor:
         if rows.ndim != 2 or rows.shape[1] != columns:

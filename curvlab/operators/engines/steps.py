@@ -75,9 +75,20 @@ class Kept:
         assert source is not None
         key = (kind, slot)
         if key not in self._cache:
-            value = to_internal(source.detach())
-            self._cache[key] = value.to(self.dtype) if value.is_floating_point() else value
+            self._cache[key] = self.laid_out(source.detach())
         return self._cache[key]
+
+    def laid_out(self, source: Tensor) -> Tensor:
+        """A natural value in the working layout and, if it has a floating point, dtype: in one pass."""
+        moved = source.movedim(1, -1) if source.ndim == 4 else source
+        dtype = self.dtype if source.is_floating_point() else source.dtype
+        return torch.empty(moved.shape, dtype=dtype, device=source.device).copy_(moved)
+
+    def natural(self, slot: int) -> Tensor:
+        """The value in float64, as the graph has it, contiguous."""
+        value = self.values[slot]
+        assert value is not None
+        return value.detach().contiguous()
 
     def value(self, slot: int) -> Tensor:
         """The value of a slot in the working dtype and layout."""

@@ -61,16 +61,14 @@ class ActivationStep(Step):
 
     def keep(self, kept: Kept, second: bool) -> tuple[Tensor, Tensor | None]:
         """``(φ', φ'' δ or None)``."""
-        z = kept.exact_value(self.inputs[0])
-        for other in self.inputs[1:]:
-            z = z + kept.exact_value(other)
-        delta = kept.deltas[self.output] if second and self.kind not in _PIECEWISE else None
-        if delta is not None:
-            delta = delta.movedim(1, -1).contiguous() if delta.ndim == 4 else delta.contiguous()
+        # A piecewise linear function of positive slopes has the sign of its argument: no sum to take again.
+        of = (self.output,) if self.monotone_piecewise else self.inputs
+        z = kept.natural(of[0])
+        for other in of[1:]:
+            z = z + kept.natural(other)
+        delta = kept.deltas[self.output].contiguous() if second and self.kind not in _PIECEWISE else None
         first, curved = hvp.activation_factors(z, delta, self.kind, **self.options)
-        if first.dtype != torch.uint8:
-            first = first.to(kept.dtype)
-        return first, None if curved is None else curved.to(kept.dtype)
+        return kept.laid_out(first), None if curved is None else kept.laid_out(curved)
 
     def forward(self, run: Run, kept: Any, bound: Any) -> None:
         """Ra, in place where nobody else reads Rz."""

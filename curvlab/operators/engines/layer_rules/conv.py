@@ -4,8 +4,8 @@ r"""Convolutions: ``z = W * x + b``, channels last, by the library's convolution
     Rz = W * Rx + V * x + v_b;   Rδx = W^T * Rδ + V^T * δ;   (H v)_W = x ⋆ Rδ + Rx ⋆ δ
 
 With float32 on the CPU the second convolution of a sum adds to the first one's output (oneDNN's ``sum``
-post-operation): no pass over memory between them.  With stride 1 and one group, W^T * δ is a convolution with the flipped weight, so the
-same holds downwards.
+post-operation): no pass over memory between them.  With stride 1 and one group, W^T * δ is a convolution with the
+flipped weight, so the same holds downwards.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvlab.operators.engines.layer_rules.affine import AffineBound, AffineStep
+from curvlab.operators.engines.layer_rules.exact_conv import exact_conv2d
 from curvlab.operators.engines.rules import Builder, register_function, register_match
 from curvlab.operators.engines.steps import Product, Run
 
@@ -52,7 +53,7 @@ class ConvStep(AffineStep):
     def primal(self, values: Sequence[Tensor], theta: Mapping[str, Tensor]) -> Tensor:
         """``W' * x + b'``."""
         weight, bias = self.effective(theta)
-        return functional.conv2d(values[0], weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return exact_conv2d(values[0], weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def set_theta(self, theta: Mapping[str, Tensor], dtype: torch.dtype, compute: torch.dtype) -> None:
         """As for all affine steps; weights channels last, and flipped ones where they serve."""
