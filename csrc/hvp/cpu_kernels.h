@@ -17,13 +17,13 @@ struct CpuKernels {  // [ElementType]: float32, float64, bfloat16
                            double* bias_sum, double* gain_sum);
   void (*gather_image[3])(const PoolArguments&, std::int64_t k, std::int64_t n);
   void (*scatter_image[3])(const PoolArguments&, std::int64_t k, std::int64_t n, float* scratch);
-  void (*softmax_row[3])(const SoftmaxArguments&, std::int64_t k, std::int64_t n);
+  void (*softmax_rows[3])(const SoftmaxArguments&, std::int64_t begin, std::int64_t end);
 };
 
 #define CURVLAB_HVP_TYPES(kernel) {kernel<float>, kernel<double>, kernel<BFloat16Bits>}
 #define CURVLAB_HVP_KERNELS                                                                            \
   {CURVLAB_HVP_TYPES(forward_rows), CURVLAB_HVP_TYPES(backward_rows), CURVLAB_HVP_TYPES(gather_image), \
-   CURVLAB_HVP_TYPES(scatter_image), CURVLAB_HVP_TYPES(softmax_row)}
+   CURVLAB_HVP_TYPES(scatter_image), CURVLAB_HVP_TYPES(softmax_rows)}
 
 extern const CpuKernels kCpuKernelsDefault;
 extern const CpuKernels kCpuKernelsAvx2;  // where MULTI_ISA is defined

@@ -17,7 +17,7 @@ namespace {
 void pool_gather_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& out) {
   check_gather(x, index, out);
   if (out.numel() == 0) return;
-  TORCH_CHECK_VALUE(x.size(2) > 0, "pool_gather: x must have inputs to gather from, got ", x.sizes());
+  check_inputs(x);
   const PoolArguments pool = pool_arguments(x, out, index, x, out, false);
   const auto kernel = cpu_kernels().gather_image[pool.type];
   for_items(pool.samples * pool.directions, out.numel(), [&](std::int64_t begin, std::int64_t end) {

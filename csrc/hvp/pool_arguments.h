@@ -38,6 +38,11 @@ inline void check_scatter(const at::Tensor& g, const at::Tensor& index, const at
   check_pool("pool_scatter", "g", g, index, "out", out, true);
 }
 
+// With outputs, there must be something to gather.
+inline void check_inputs(const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.size(2) > 0, "pool_gather: x must have inputs to gather from, got ", x.sizes());
+}
+
 inline PoolArguments pool_arguments(const at::Tensor& wide, const at::Tensor& pooled, const at::Tensor& index,
                                     const at::Tensor& in, const at::Tensor& out, bool unique) {
   return {.directions = wide.size(0),

@@ -17,12 +17,9 @@ void softmax_cpu(const at::Tensor& p, const at::Tensor& label, const at::Tensor&
   check_softmax(p, label, weight, u, out);
   if (out.numel() == 0) return;
   const SoftmaxArguments arguments = softmax_arguments(p, label, weight, u, out);
-  const auto kernel = cpu_kernels().softmax_row[arguments.type];
-  for_items(arguments.samples * arguments.directions, out.numel(), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t item = begin; item < end; ++item) {
-      kernel(arguments, item / arguments.samples, item % arguments.samples);
-    }
-  });
+  const auto kernel = cpu_kernels().softmax_rows[arguments.type];
+  for_items(arguments.samples * arguments.directions, out.numel(),
+            [&](std::int64_t begin, std::int64_t end) { kernel(arguments, begin, end); });
 }
 
 void softmax_autograd(c10::DispatchKeySet keys, const at::Tensor& p, const at::Tensor& label, const at::Tensor& weight,

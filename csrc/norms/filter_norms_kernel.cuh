@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "common/device.cuh"
+#include "common/load.cuh"
 #include "common/reduce.cuh"
 #include "common/table.cuh"
 #include "norms/filter_norms.h"
-#include "norms/load.cuh"
 
 namespace curvlab::norms {
 

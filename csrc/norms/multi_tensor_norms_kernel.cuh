@@ -7,9 +7,9 @@
 #include <cstdint>
 
 #include "common/device.cuh"
+#include "common/load.cuh"
 #include "common/reduce.cuh"
 #include "common/table.cuh"
-#include "norms/load.cuh"
 #include "norms/multi_tensor_norms.h"
 
 namespace curvlab::norms {

@@ -8,9 +8,9 @@ float32, float64 or bfloat16; arguments per channel and sums are float32, for fl
 made in a fixed order: the same bits for any number of threads.
 
 The ops have no derivative: an input that requires a gradient is refused while gradients are on, and a ``torch.func``
-transform or forward-mode AD is refused always. Buffers that are given as ``out...`` are written; elementwise results may
-take the place of an input of their shape (the same tensor, not one that overlaps it). ``tangent_forward_into`` and the
-other ``..._into`` are the bare ops: all arguments by position, all buffers given, nothing returned.
+transform or forward-mode AD is refused always. Buffers that are given as ``out...`` are written; elementwise results
+may take the place of an input of their shape (the same tensor, not one that overlaps it). ``tangent_forward_into`` and
+the other ``..._into`` are the bare ops: all arguments by position, all buffers given, nothing returned.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def tangent_backward(
     out_bias: Tensor | None = None,
     out_gain: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    r"""From the tangents of the signals behind an activation to those before its layer, and sums over rows, in one pass.
+    r"""From the tangents of the signals behind an activation to those before its layer, and sums over rows.
 
     .. math:: g^y = \mathrm{first}\,(g + g_2) + \mathrm{second}\cdot\mathrm{pre},\quad
               g^t_{krc} = \mathrm{scale}_c\, g^y + \mathrm{gain}_{kc}\, \mathrm{delta}_{rc},
@@ -287,6 +287,8 @@ def pool_scatter(g: Tensor, index: Tensor, size: int, *, unique: bool = False, o
     _refuse_transforms("pool_scatter")
     if out is None:
         out = g.new_empty((*g.shape[:2], size, g.shape[-1]))
+    elif out.dim() != 4 or out.shape[2] != size:
+        raise ValueError(f"pool_scatter: out must be [K, N, {size}, C], got {list(out.shape)}")
     call = torch.ops.curvlab.pool_scatter if torch.compiler.is_compiling() else pool_scatter_into
     call(g, index, out, unique)
     return out
@@ -300,8 +302,8 @@ def softmax_hessian_product(
     .. math:: s = \sum_c p_c (u_c - u_y),\quad \mathrm{out}_c = w\, p_c (u_c - u_y - s),\quad
               \mathrm{out}_y = -w\, p_y\, s
 
-    Centered at the label y: on a fitted sample :math:`p_y` is 1 to rounding, and :math:`u_y - \sum_c p_c u_c` would keep
-    no digit.
+    Centered at the label y: on a fitted sample :math:`p_y` is 1 to rounding, and :math:`u_y - \sum_c p_c u_c` would
+    keep no digit.
 
     Args:
         p: ``[N, C]`` probabilities; float32, for float64 u float64.

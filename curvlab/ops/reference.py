@@ -126,12 +126,12 @@ def _given(out: Tensor | None, value: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """``[K, ..., C]`` as ``[K, R, C]``."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])  # not -1: a size may be 0
 
 
 def _shared(x: Tensor) -> Tensor:
     """``[..., C]`` as ``[1, R, C]``."""
-    return x.reshape(1, -1, x.shape[-1])
+    return x.reshape(1, math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _times(first: Tensor, y: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The norm kernels on the CPU under sanitizers; run with ``pytest -m sanitizer tests/cuda`` (or ``make sanitize``).
+"""The kernels on the CPU under sanitizers; run with ``pytest -m sanitizer tests/cuda`` (or ``make sanitize``).
 
 ASan and UBSan find accesses outside of a tensor, of the workspace or of shared memory, misaligned vector loads,
 overflow and bad shifts, each with its source line. TSan finds races within a block and between blocks by
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -29,11 +30,23 @@ CASES = {"address": 31, "thread": 19}
 )
 def test_norm_kernels_are_clean(sanitizer: str, order: str) -> None:
     sources = (*build.NORMS_LAUNCHERS, build.HARNESS / "norms_main.cpp")
-    program = build.host_executable("norms_main", sources, sanitizer)
+    run_clean(build.host_executable("norms_main", sources, sanitizer), order, CASES[sanitizer])
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "order"),
+    [("address", "forward"), ("address", "reverse"), ("address", "random"), ("thread", "random")],
+)
+def test_hvp_kernels_are_clean(sanitizer: str, order: str) -> None:
+    sources = (*build.HVP_LAUNCHERS, build.HARNESS / "hvp_main.cpp")
+    run_clean(build.host_executable("hvp_main", sources, sanitizer), order, 3 * 8)
+
+
+def run_clean(program: Path, order: str, cases: int) -> None:
     environment = os.environ | build.SANITIZER_ENVIRONMENT
     done = subprocess.run([program, *ORDERS[order]], capture_output=True, text=True, env=environment, timeout=250)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert len(lines) == CASES[sanitizer]
+    assert len(lines) == cases
     assert all(line.endswith("right") for line in lines)

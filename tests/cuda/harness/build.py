@@ -28,8 +28,10 @@ HARNESS = ROOT / "tests" / "cuda" / "harness"
 PLANTED = ROOT / "tests" / "cuda" / "planted"
 NORMS = ROOT / "csrc" / "norms"
 NORMS_LAUNCHERS = (NORMS / "multi_tensor_norms_cuda.cu", NORMS / "filter_norms_cuda.cu")
+HVP = ROOT / "csrc" / "hvp"
+HVP_LAUNCHERS = tuple(HVP / f"{name}_cuda.cu" for name in ("tangent", "pool", "softmax_hessian", "activation_factors"))
 
-_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HARNESS, PLANTED)
+_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HVP, HARNESS, PLANTED)
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 _HOST_FLAGS = (
     "-std=c++20",

@@ -19,7 +19,15 @@ COLUMNS = ("l1", "l2", "linf", "nonzeros", "distance", "inner", "reference_l2")
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random 1": (2, 1), "random 2": (2, 2)}
 MODES = {"norms": 0, "with_reference": 1, "l2_only": 2}
 DTYPES = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
-_STORAGE = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16, "float16": np.float16}
+_STORAGE = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "bfloat16": np.uint16,
+    "float16": np.float16,
+    "uint8": np.uint8,
+    "int32": np.int32,
+    "int64": np.int64,
+}
 _GUARD = 64
 
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// 16-byte loads and the elements in them.
+// 16-byte loads and stores, and the elements in them.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include "common/device.cuh"
 #include "common/elements.h"
 
-namespace curvlab::norms {
+namespace curvlab {
 
 constexpr int kLoadBytes = 16;
 
@@ -53,6 +53,29 @@ __device__ __forceinline__ void unpack(const uint4& load, float (&values)[8], sc
   }
 }
 
+__device__ __forceinline__ uint4 pack(const float (&values)[4], float) {
+  return {bits_from_float(values[0]), bits_from_float(values[1]), bits_from_float(values[2]),
+          bits_from_float(values[3])};
+}
+
+__device__ __forceinline__ uint4 pack(const double (&values)[2], double) {
+  std::uint64_t low, high;
+  memcpy(&low, &values[0], sizeof low);
+  memcpy(&high, &values[1], sizeof high);
+  return {static_cast<unsigned>(low), static_cast<unsigned>(low >> 32), static_cast<unsigned>(high),
+          static_cast<unsigned>(high >> 32)};
+}
+
+__device__ __forceinline__ uint4 pack(const float (&values)[8], BFloat16Bits) {
+  unsigned words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = bfloat16_from_float(values[2 * i]).bits |
+               static_cast<unsigned>(bfloat16_from_float(values[2 * i + 1]).bits) << 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
 __device__ __forceinline__ unsigned misalignment(const void* pointer) {
   return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(pointer)) & (kLoadBytes - 1);
 }
@@ -64,4 +87,4 @@ __device__ __forceinline__ std::int64_t head_elements(const scalar_t* pointer, s
   return head < n ? head : n;
 }
 
-}  // namespace curvlab::norms
+}  // namespace curvlab
