@@ -69,7 +69,7 @@ def check_forward(draw: Draw, shape: tuple[int, int, int]) -> None:
     """A call with any of the terms."""
     k, r, c = shape
     a, b = draw.data(k, r, c), draw.maybe(lambda: draw.data(k, r, c))
-    terms = {
+    terms: dict[str, Any] = {
         "bias": draw.maybe(lambda: draw.rows(k, c)),
         "scale": draw.maybe(lambda: draw.channels(c)),
         "gain": draw.maybe(lambda: draw.rows(k, c)),
@@ -99,7 +99,7 @@ def check_backward(draw: Draw, shape: tuple[int, int, int]) -> None:
     """A call with any of the terms."""
     k, r, c = shape
     g = draw.data(k, r, c)
-    terms = {
+    terms: dict[str, Any] = {
         "g2": draw.maybe(lambda: draw.data(k, r, c)),
         "first": draw.first(r, c),
         "second": draw.maybe(lambda: draw.data(r, c)),
@@ -112,8 +112,11 @@ def check_backward(draw: Draw, shape: tuple[int, int, int]) -> None:
         "dot": draw.maybe(lambda: draw.rows(k, c)),
         "inv_std": draw.channels(c),
     }
-    sums = {"out_bias": draw.maybe(lambda: draw.rows(k, c)), "out_gain": draw.maybe(lambda: draw.rows(k, c))}
-    flags = {name: draw.coin.random() < 0.5 for name in ("want_bias", "want_gain", "accumulate")}
+    sums: dict[str, Any] = {
+        "out_bias": draw.maybe(lambda: draw.rows(k, c)),
+        "out_gain": draw.maybe(lambda: draw.rows(k, c)),
+    }
+    flags: dict[str, Any] = {name: draw.coin.random() < 0.5 for name in ("want_bias", "want_gain", "accumulate")}
     want = reference.tangent_backward(
         wide(g),
         **{n: wide(x) for n, x in terms.items()},
@@ -174,7 +177,8 @@ def check_activation(draw: Draw, kind: str) -> None:
     z = draw.data(1003)
     z *= torch.tensor([0.01, 1.0, 5.0, 30.0], dtype=z.dtype, device=z.device).repeat(251)[:1003]
     z[5] = 0.0
-    delta, numbers = draw.data(1003), {"slope": 0.3, "beta": 1.7, "threshold": 5.0}
+    delta = draw.data(1003)
+    numbers: dict[str, Any] = {"slope": 0.3, "beta": 1.7, "threshold": 5.0}
     first, second = hvp.activation_factors(z, delta, kind, **numbers)
     want_first, want_second = reference.activation_factors(wide(z), wide(delta), kind, **numbers)
     assert_near(first, want_first.double(), draw.dtype)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_compilation() -> None:
     p, label, weight, _ = hvp_samples.softmax_arguments(draw, (2, 3, 4))
     index = torch.randint(-1, 3, (3, 2, 4), dtype=torch.int32)
 
-    def function(tensors: list[Tensor]) -> Tensor:
+    def function(tensors: Sequence[Tensor]) -> Tensor:
         first, second = hvp.activation_factors(tensors[1][0], tensors[0][0], "gelu")
         out, pre = hvp.tangent_forward(tensors[0], tensors[1], first=mask, keep_pre=True)
         gy, _, bias, _ = hvp.tangent_backward(out, first=first, second=second, pre=pre, want_bias=True)

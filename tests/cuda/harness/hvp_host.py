@@ -99,7 +99,8 @@ def rows_struct(kind: type[Forward] | type[Backward], call: Call, place: Place) 
     k, r, c = call["shape"]
     first = call.get("first")
     x.shape = Rows(k, r, c, TYPES[call["dtype"]], first is not None and first.dtype == "uint8")
-    for name, field in kind._fields_[1:]:
+    fields: list[tuple[str, Any]] = list(kind._fields_[1:])  # pyright: ignore[reportAssignmentType]
+    for name, field in fields:
         given = call.get(name)
         if given is None:
             continue
@@ -329,13 +330,9 @@ def _expected_rows(op: str, call: Call, x: dict[str, torch.Tensor]) -> dict[str,
         found = {"out": out, "pre": pre, "dot": dot}
     else:
         names = ("g2", "first", "second", "pre", "scale", "gain", "delta", "centered", "t", "dot", "inv_std")
-        gy, gt, bias, gain = reference.tangent_backward(
-            x["g"],
-            **{n: x[n] for n in names if n in x},
-            accumulate=call["accumulate"],
-            out_bias=x["bias_sum"].clone() if "bias_sum" in x else None,
-            out_gain=x["gain_sum"].clone() if "gain_sum" in x else None,
-        )
+        arguments: dict[str, Any] = {n: x[n] for n in names if n in x}
+        arguments |= {f"out_{n}": x[f"{n}_sum"].clone() for n in ("bias", "gain") if f"{n}_sum" in x}
+        gy, gt, bias, gain = reference.tangent_backward(x["g"], **arguments, accumulate=call["accumulate"])
         found = {"gy": gy, "gt": gt, "bias_sum": bias, "gain_sum": gain}
     return {n: t.numpy().ravel() for n, t in found.items() if t is not None and n in call}
 
@@ -343,7 +340,7 @@ def _expected_rows(op: str, call: Call, x: dict[str, torch.Tensor]) -> dict[str,
 def _shapes(op: str, call: Call) -> dict[str, tuple[int, ...]]:
     if op in ("tangent_forward", "tangent_backward"):
         k, r, c = call["shape"]
-        shapes = dict.fromkeys(("a", "b", "residual", "g", "g2", "pre", "t"), (k, r, c))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("a", "b", "residual", "g", "g2", "pre", "t"), (k, r, c))
         shapes |= dict.fromkeys(("centered", "first", "second", "delta"), (r, c))
         shapes |= dict.fromkeys(("bias", "gain", "dot", "bias_sum", "gain_sum"), (k, call["stride"]))
         return shapes | dict.fromkeys(("scale", "inv_std"), (c,))
