@@ -17,36 +17,103 @@ _build.use_built_package(__path__)
 if TYPE_CHECKING:
     from curvlab.models import CNN, MLP
     from curvlab.norms import NormRecorder, NormTable, ParameterNorms, filter_norms, parameter_norms, total_norm
+    from curvlab.operators import (
+        CustomLoss,
+        EmpiricalFisherOperator,
+        FisherOperator,
+        GGNOperator,
+        GradientCovarianceOperator,
+        HessianOperator,
+        JacobianOperator,
+        NTKOperator,
+        Problem,
+    )
     from curvlab.operators.ntk import empirical_ntk
+    from curvlab.sharpness import average_flatness, linear_barrier, loss_slice, worst_case_sharpness
+    from curvlab.spectra import (
+        EigenpairTracker,
+        diagonal,
+        effective_dimension,
+        hutchinson_trace,
+        hutchpp_trace,
+        log_determinant,
+        slq_density,
+        top_eigenpairs,
+        xtrace,
+    )
 
 __version__ = _build.VERSION
 
 _HOME = {
     "CNN": "curvlab.models",
+    "CustomLoss": "curvlab.operators",
+    "EigenpairTracker": "curvlab.spectra",
+    "EmpiricalFisherOperator": "curvlab.operators",
+    "FisherOperator": "curvlab.operators",
+    "GGNOperator": "curvlab.operators",
+    "GradientCovarianceOperator": "curvlab.operators",
+    "HessianOperator": "curvlab.operators",
+    "JacobianOperator": "curvlab.operators",
     "MLP": "curvlab.models",
+    "NTKOperator": "curvlab.operators",
     "NormRecorder": "curvlab.norms",
     "NormTable": "curvlab.norms",
     "ParameterNorms": "curvlab.norms",
+    "Problem": "curvlab.operators",
+    "average_flatness": "curvlab.sharpness",
+    "diagonal": "curvlab.spectra",
+    "effective_dimension": "curvlab.spectra",
     "empirical_ntk": "curvlab.operators.ntk",
     "filter_norms": "curvlab.norms",
+    "hutchinson_trace": "curvlab.spectra",
+    "hutchpp_trace": "curvlab.spectra",
+    "linear_barrier": "curvlab.sharpness",
+    "log_determinant": "curvlab.spectra",
+    "loss_slice": "curvlab.sharpness",
     "parameter_norms": "curvlab.norms",
+    "slq_density": "curvlab.spectra",
+    "top_eigenpairs": "curvlab.spectra",
     "total_norm": "curvlab.norms",
+    "worst_case_sharpness": "curvlab.sharpness",
+    "xtrace": "curvlab.spectra",
 }
 
 __all__ = [
     "CNN",
     "MLP",
+    "CustomLoss",
+    "EigenpairTracker",
+    "EmpiricalFisherOperator",
+    "FisherOperator",
+    "GGNOperator",
+    "GradientCovarianceOperator",
+    "HessianOperator",
+    "JacobianOperator",
+    "NTKOperator",
     "NormRecorder",
     "NormTable",
     "ParameterNorms",
+    "Problem",
+    "average_flatness",
+    "diagonal",
+    "effective_dimension",
     "empirical_ntk",
     "filter_norms",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "linear_barrier",
+    "log_determinant",
+    "loss_slice",
     "parameter_norms",
+    "slq_density",
+    "top_eigenpairs",
     "total_norm",
+    "worst_case_sharpness",
+    "xtrace",
 ]
 
 
-_ROOMS = ("data", "models", "norms", "operators", "ops", "runs", "training")
+_ROOMS = ("data", "models", "norms", "operators", "ops", "runs", "sharpness", "spectra", "training")
 
 
 def __getattr__(name: str) -> Any:
