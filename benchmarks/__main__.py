@@ -39,26 +39,47 @@ def print_table(title: str, rows: list[dict[str, Any]], *, settings: str) -> Non
     table = Table(title=title, caption=settings, title_justify="left", caption_justify="left")
     table.add_column("case", overflow="fold")
     table.add_column("peer", overflow="fold")
+    with_memory = any(row["ours_mb"] is not None for row in rows)
     for column in ("ours ms", "peer ms", "ratio", "wall ms", "peer", "ratio", "limit ms", "x limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("ours MB", "peer MB") if with_memory else ():
         table.add_column(column, justify="right", no_wrap=True)
     last = None
     for row in rows:
         limit = ("", "") if row["limit_ms"] is None else (_figure(row["limit_ms"]), f"{row['times_limit']:.2f}")
         table.add_row(
             "" if row["case"] == last else row["case"],
-            row["peer"],
+            f"({row['peer']})" if row["not_counted"] else row["peer"],
             *(_figure(row[key]) for key in ("ours_ms", "peer_ms")),
             f"[bold]{row['ratio']:.2f}[/bold]",
             *(_figure(row[key]) for key in ("ours_wall_ms", "peer_wall_ms")),
             f"{row['wall_ratio']:.2f}",
             *limit,
+            *("" if row[key] is None else _figure(row[key]) for key in ("ours_mb", "peer_mb") if with_memory),
         )
         last = row["case"]
     Console(width=None if sys.stdout.isatty() else 150).print(table)
+    for case, peer, why in sorted(
+        {(row["case"], row["peer"], row["not_counted"]) for row in rows if row["not_counted"]}
+    ):
+        print(f"not counted in '{case}': {peer}: {why}")
+    print_shares(harness.shares(rows))
     for limit in sorted({row["limit"] for row in rows if row["limit"]}):
         print(f"limit: {limit}")
     for name, note in {row["case"]: row["note"] for row in rows if row["note"]}.items():
         print(f"note on '{name}': {note}")
+
+
+def print_shares(shares: list[dict[str, Any]]) -> None:
+    """Our time as a share of the best counted peer's, against what must hold and what is aimed at."""
+    for share in shares:
+        reached = "reaches the goal" if share["share"] <= share["goal"] else "holds"
+        if share["share"] > 1.03 * share["must"]:  # 3 % is noise
+            reached = "DOES NOT HOLD"
+        print(
+            f"{share['case']}: {share['share']:.2f} of the best peer ({share['best']}); must hold {share['must']:.2f}, "
+            f"goal {share['goal']:.2f}: {reached}"
+        )
 
 
 def write_json(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -13,11 +13,13 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Engine = Callable[[], Any]
+
+SLOW = 2.5  # an engine that takes a second and this many times the fastest is timed once: it decides nothing
 
 # glibc hands fresh, zeroed pages to every large result by default, which hides everything else (a 32 MiB relu: 16 ms
 # with them, 3 ms without). With these, freed pages are kept: the fairer setting to peers that allocate results.
@@ -26,14 +28,29 @@ KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: ``ours`` against each of ``peers``; ``limit`` is a floor of the machine, not a competitor."""
+    """One comparison: ``ours`` against each of ``peers``; ``limit`` is a floor of the machine, not a competitor.
+
+    Args:
+        name: what is compared.
+        ours: this project's engine.
+        peers: the others.
+        limit: an engine that shows a floor of the machine, or its seconds a call where they were computed.
+        limit_name: what the floor is.
+        note: a line under the table.
+        not_counted: peers that are shown but are no standard, with the reason (a wrong result, less work).
+        bar: (must hold, goal) of our share of the best counted peer's time.
+        memory: peak resident MB over model and data, of ``"ours"`` and of peers.
+    """
 
     name: str
     ours: Engine
     peers: Mapping[str, Engine]
-    limit: Engine | None = None
+    limit: Engine | float | None = None
     limit_name: str = ""
     note: str = ""
+    not_counted: Mapping[str, str] = field(default_factory=dict)
+    bar: tuple[float, float] | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,11 +85,12 @@ def allocator_settings() -> str:
     return ", ".join(found) or "the C library's defaults (large results get fresh pages)"
 
 
-def _seconds_per_call(engine: Engine) -> float:
+def _seconds_per_call(engine: Engine) -> tuple[float, float]:
+    """Wall and processor seconds of the second call."""
     engine()  # the first call allocates, and may build tables or compile
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     engine()
-    return max(time.perf_counter() - start, 1e-7)
+    return max(time.perf_counter() - start, 1e-7), time.process_time() - cpu
 
 
 def alternate(
@@ -90,11 +108,17 @@ def alternate(
     Returns:
         Timings by name.
     """
-    once = {name: _seconds_per_call(engine) for name, engine in engines.items()}
+    once, spent = {}, {}
+    for name, engine in engines.items():
+        once[name], spent[name] = _seconds_per_call(engine)
     calls = {name: max(1, round(seconds / once[name])) for name in engines}
-    rounds = max(3, min(rounds, int(budget / sum(once[name] * calls[name] for name in engines))))
+    fastest = min(once.values())
+    slow = {name for name in engines if once[name] > max(SLOW * fastest, 1.0)}
+    rounds = max(3, min(rounds, int(budget / sum(once[name] * calls[name] for name in engines if name not in slow))))
     timings = {name: Timing() for name in engines}
-    order, shuffle = list(engines), random.Random(seed)
+    order, shuffle = [name for name in engines if name not in slow], random.Random(seed)
+    for name in slow:
+        timings[name] = Timing(cpu=[spent[name]], wall=[once[name]])
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
@@ -111,10 +135,13 @@ def alternate(
 def measure(case: Case, *, rounds: int, seconds: float, budget: float) -> list[dict[str, Any]]:
     """Rows ``{case, ours_ms, peer, peer_ms, ratio, …}``, one a peer; times are processor milliseconds a call."""
     engines: dict[str, Engine] = {"ours": case.ours, **{f"peer {name}": peer for name, peer in case.peers.items()}}
-    if case.limit:
+    if callable(case.limit):
         engines["limit"] = case.limit
     timings = alternate(engines, rounds=rounds, seconds=seconds, budget=budget)
-    ours, limit = timings["ours"], timings.get("limit")
+    ours = timings["ours"]
+    limit_ms = 1e3 * case.limit if isinstance(case.limit, float) else None
+    if "limit" in timings:
+        limit_ms = timings["limit"].cpu_ms
     return [
         {
             "case": case.name,
@@ -126,10 +153,27 @@ def measure(case: Case, *, rounds: int, seconds: float, budget: float) -> list[d
             "peer_wall_ms": timings[f"peer {name}"].wall_ms,
             "wall_ratio": timings[f"peer {name}"].wall_ms / ours.wall_ms,
             "limit": case.limit_name or None,
-            "limit_ms": limit.cpu_ms if limit else None,
-            "times_limit": ours.cpu_ms / limit.cpu_ms if limit else None,
-            "rounds": len(ours.cpu),
+            "limit_ms": limit_ms,
+            "times_limit": ours.cpu_ms / limit_ms if limit_ms else None,
+            "rounds": len(timings[f"peer {name}"].cpu),
             "note": case.note,
+            "not_counted": case.not_counted.get(name),
+            "must": case.bar[0] if case.bar else None,
+            "goal": case.bar[1] if case.bar else None,
+            "ours_mb": case.memory.get("ours"),
+            "peer_mb": case.memory.get(name),
         }
         for name in case.peers
     ]
+
+
+def shares(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per case with a bar: ``{case, best, share, must, goal}``, share = our time / the best counted peer's."""
+    found = []
+    for name in dict.fromkeys(row["case"] for row in rows if row["must"] is not None):
+        counted = [row for row in rows if row["case"] == name and row["not_counted"] is None]
+        if counted:
+            best = min(counted, key=lambda row: row["peer_ms"])
+            share = best["ours_ms"] / best["peer_ms"]
+            found.append({"case": name, "best": best["peer"], "share": share, **{k: best[k] for k in ("must", "goal")}})
+    return found
