@@ -195,6 +195,8 @@ class Builder:
             kind, value = self.bound[argument]
             if kind == "slot":
                 raise self.unsupported(node, f"the activation {argument} as an option")
+            if kind == "parameter":
+                raise self.unsupported(node, f"the parameter {value} as an operand")
             return value
         if isinstance(argument, (tuple, list)):
             return type(argument)(self.value(node, item) for item in argument)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer from elsewhere registers its rule; the rewrites happen where they may, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlab.operators.engines import rules
+from curvlab.operators.engines.autograd import AutogradEngine
+from curvlab.operators.engines.chunks import split
+from curvlab.operators.engines.fused import FusedEngine
+from curvlab.operators.engines.layer_rules.exact_conv import exact_conv2d
+from curvlab.operators.engines.protocol import UnsupportedModel
+from curvlab.operators.engines.steps import Kept, Product, Run, Step
+from curvlab.operators.problem import Problem
+from tests.operators.models import labels, normal, seeded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Stretch(nn.Module):
+    """``y = w x``, one weight a feature."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class StretchStep(Step):
+    """``Ry = w Rx + v x``, ``Rδx = w Rδ + v δ``, ``(H v)_w = sum of x Rδ + δ Rx``."""
+
+    def primal(self, values: Any, theta: Any) -> Tensor:
+        self.weight = theta[self.names["weight"]]
+        return values[0] * self.weight
+
+    def deltas(self) -> set[int]:
+        return {self.output}
+
+    def keep(self, kept: Kept, second: bool) -> Any:
+        return kept.value(self.inputs[0]), kept.delta(self.output) if second else None, self.weight.to(kept.dtype)
+
+    def bind(self, product: Product) -> Any:
+        target = product.target(self.names["weight"])
+        if target is not None:
+            target.zero_()
+        return product.direction(self.names["weight"]), target
+
+    def forward(self, run: Run, kept: Any, bound: Any) -> None:
+        x, _, weight = kept
+        t, v = run.t[self.inputs[0]], bound[0][run.lo : run.hi].unsqueeze(1)
+        run.t[self.output] = v * x if t is None else weight * t + v * x
+
+    def backward(self, run: Run, kept: Any, bound: Any) -> None:
+        x, delta, weight = kept
+        signal, t = run.take(self.output), run.t[self.inputs[0]]
+        assert signal is not None
+        assert t is not None
+        bound[1][run.lo : run.hi] += (x * signal).sum(1)
+        below = weight * signal
+        if run.second:
+            bound[1][run.lo : run.hi] += (delta * t).sum(1)
+            below = below + bound[0][run.lo : run.hi].unsqueeze(1) * delta
+        run.give(self.inputs[0], below)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rules, "_MODULES", dict(rules._MODULES))
+
+    @rules.register_module(Stretch)
+    def rule(builder: rules.Builder, node: Any, module: Any) -> None:
+        (x,) = builder.slots_of(node, 1)
+        names = {"weight": builder.parameter(node, "weight")}
+        builder.add(node, StretchStep(builder.label(node), (x,), builder.new_slot(), names))
+
+    yield
+
+
+def problem_of(model: nn.Module, *shape: int, n: int = 6, classes: int = 3) -> Problem:
+    return Problem(seeded(lambda: model), nn.CrossEntropyLoss(), (normal(n, *shape), labels(n, classes=classes)))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_layer_is_used() -> None:
+    problem = problem_of(nn.Sequential(nn.Linear(4, 5), Stretch(5), nn.Tanh(), nn.Linear(5, 3)), 4)
+    engine, judge = FusedEngine(problem), AutogradEngine(problem)
+    assert any(isinstance(step, StretchStep) for step in engine.steps)
+    rows = normal(3, problem.num_params)
+    torch.testing.assert_close(engine.hessian(rows), judge.hessian(rows))
+    torch.testing.assert_close(engine.ggn(rows), judge.ggn(rows))
+
+
+def test_without_a_rule_it_is_traced_into_and_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"the parameter 1\.weight as an operand at node 'mul'"):
+        FusedEngine(problem_of(nn.Sequential(nn.Linear(4, 5), Stretch(5), nn.Linear(5, 3)), 4))
+
+
+class TwoReaders(nn.Module):
+    """Its normalization, activation and sum each have a second reader: nothing may be merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        a = torch.relu(self.norm(h) + h)
+        pooled = F.max_pool2d(a, 2)
+        return pooled.mean((2, 3)) + a.mean((2, 3))
+
+
+def kinds(problem: Problem) -> list[str]:
+    return [type(step).__name__ for step in FusedEngine(problem).steps]
+
+
+def test_rewrites() -> None:
+    merged = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    assert kinds(problem_of(nn.Sequential(*merged, nn.Linear(12, 3)), 2, 4, 4)) == [
+        "ConvStep",
+        "MaxPoolStep",
+        "ActivationStep",
+        "ReshapeStep",
+        "LinearStep",
+    ]
+    apart = kinds(problem_of(TwoReaders(), 2, 4, 4))
+    assert apart == ["ConvStep", "FixedNormStep", "ActivationStep", "MaxPoolStep", "MeanStep", "MeanStep", "AddStep"]
+    smooth = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 3))
+    assert kinds(problem_of(smooth, 2, 4, 4))[1:3] == ["ActivationStep", "MaxPoolStep"]
+
+
+def test_chunks_are_nearly_equal() -> None:
+    assert split(10, 4) == [4, 3, 3]
+    assert split(8, 8) == [8]
+    assert split(1, 100) == [1]
+    assert sum(split(1001, 17)) == 1001
+
+
+def test_exact_convolution_is_the_librarys() -> None:
+    x = normal(5, 6, 40, 40).requires_grad_()
+    weight, bias = normal(4, 3, 3, 3, seed=2), normal(4, seed=3)
+    options = ([2, 1], [1, 0], [1, 2], 2)
+    got, expected = exact_conv2d(x, weight, bias, *options), F.conv2d(x, weight, bias, *options)
+    torch.testing.assert_close(got, expected)
+    assert type(got.grad_fn).__name__ == "_FewAtATimeBackward"
+    signal = normal(*got.shape, seed=4)
+    grads = [torch.autograd.grad(y, x, signal)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads)
