@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 __all__ = ["Batches", "as_batches", "first_samples"]
 
@@ -33,7 +34,7 @@ class Batches:
             return
         seen: list[Signature] = []
         first = self._signatures
-        for item in self._source:
+        for item in _quietly_iterated(self._source):
             pair = _checked_pair(item, self._owner)
             seen.append(_signature(pair))
             if first is not None and (len(seen) > len(first) or not _same(seen[-1], first[len(seen) - 1])):
@@ -79,6 +80,19 @@ def first_samples(data: Batches, n: int) -> Batches:
         if left == 0:
             break
     return Batches(kept, held=True)
+
+
+def _quietly_iterated(source: Iterable[Any]) -> Iterator[Any]:
+    """``iter(source)``; a DataLoader in fixed order leaves the global generator where it was.
+
+    It draws a seed for its workers at every pass, so looking at curvature would change a training run's shuffles.
+    """
+    ordered = isinstance(source, DataLoader) and isinstance(source.sampler, SequentialSampler)
+    ordered = ordered and type(source.batch_sampler) in (BatchSampler, type(None))
+    if not ordered or source.generator is not None or source.num_workers:
+        return iter(source)
+    with torch.random.fork_rng(devices=[]):
+        return iter(source)
 
 
 def _head(value: Any, n: int, size: int) -> Any:

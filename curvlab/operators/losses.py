@@ -41,6 +41,7 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "SquaredError",
     "as_loss",
+    "loss_reduction",
 ]
 
 Kind = Literal["loss", "monte_carlo", "empirical"]
@@ -112,6 +113,12 @@ class SoftmaxCrossEntropy:
         self.class_weights = None if class_weights is None else class_weights.detach().clone()
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
 
+    def __repr__(self) -> str:
+        options = [] if self.class_weights is None else [f"class_weights={self.class_weights.tolist()}"]
+        options += [] if self.ignore_index == -100 else [f"ignore_index={self.ignore_index}"]
+        options += [f"label_smoothing={self.label_smoothing}"] if self.label_smoothing else []
+        return f"SoftmaxCrossEntropy({', '.join(options)})"
+
     def rows(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``(z [R, C], label [R], mass s [R], q [R, C] or None)``; None stands for q = s e_label.
 
@@ -165,6 +172,11 @@ class SoftmaxCrossEntropy:
     def weight(self, outputs: Tensor | None, targets: Tensor) -> float:
         """The sum of the weights of the labels that count; with probabilities the number of rows."""
         if targets.is_floating_point():
+            if targets.ndim < 2:
+                raise ValueError(
+                    "SoftmaxCrossEntropy: targets must be class indices [N, ...] (integers) or class probabilities "
+                    f"[N, C, ...], got {list(targets.shape)} of {targets.dtype}"
+                )
             return float(targets.numel() // targets.shape[1]) if targets.numel() else 0.0
         kept = targets[targets != self.ignore_index]
         if self.class_weights is None:
@@ -174,6 +186,7 @@ class SoftmaxCrossEntropy:
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``delta``, shaped as the outputs; delta_y is minus the sum of the others, not ``p_y - 1``."""
         z, label, mass, q = self.rows(outputs.detach(), targets)
+        _check_labels(label, z.shape[1])
         return _as_outputs(_softmax_minus(z, label, mass, q), outputs)
 
     def curvature(
@@ -190,6 +203,7 @@ class SoftmaxCrossEntropy:
         if kind == "empirical":
             return OuterProductCurvature(self.gradient(outputs, targets).flatten(1).unsqueeze(0), classes_last=False)
         z, label, mass, _ = self.rows(outputs.detach(), targets)
+        _check_labels(label, z.shape[1])
         p = z.softmax(1)
         if kind == "loss":
             return SoftmaxCurvature(p, label, mass)
@@ -208,6 +222,9 @@ class SquaredError:
     """
 
     is_convex = True
+
+    def __repr__(self) -> str:
+        return "SquaredError()"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the squares."""
@@ -247,23 +264,32 @@ class SquaredError:
 
 
 class CustomLoss:
-    """Any callable ``(outputs, targets) -> 0-d tensor``, taken as the *mean* over the samples of a batch; Z = N.
+    """Any callable ``(outputs, targets) -> 0-d tensor``: the mean over the samples of a batch, or their sum; Z = N.
 
     Its Hessian in the outputs is taken by double backward; there is no model of the targets to draw labels from.
+
+    Args:
+        function: the callable.
+        reduction: what it returns of a batch, ``"mean"`` or ``"sum"``.
     """
 
     is_convex = False
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], reduction: str = "mean") -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"CustomLoss: reduction must be 'mean' or 'sum', got {reduction!r}")
+        self.function, self.reduction = function, reduction
+
+    def __repr__(self) -> str:
+        return f"CustomLoss({getattr(self.function, '__name__', self.function)}, {self.reduction!r})"
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean times the number of samples."""
+        """The mean times the number of samples, or the sum."""
         value = self.function(outputs, targets)
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"CustomLoss: the loss must return a 0-d tensor (the mean over the batch), got {got}")
-        return value * outputs.shape[0]
+        return value if self.reduction == "sum" else value * outputs.shape[0]
 
     def weight(self, outputs: Tensor | None, targets: Tensor) -> float:
         """Number of samples."""
@@ -304,7 +330,7 @@ def as_loss(loss: Any) -> OutputLoss:
     """The :class:`OutputLoss` that PyTorch's loss module or function, or a callable, stands for.
 
     ``functools.partial(F.cross_entropy, label_smoothing=0.1)`` is understood too.  A subclass of a PyTorch loss may
-    compute anything, so it is taken as a callable.
+    compute anything, so it is taken as a callable, with the ``reduction`` that it names.
 
     Raises:
         TypeError: not callable.
@@ -312,8 +338,9 @@ def as_loss(loss: Any) -> OutputLoss:
     """
     if isinstance(loss, OutputLoss):
         return loss
-    if getattr(loss, "reduction", None) == "none":
-        raise ValueError("as_loss: loss must have reduction 'mean' or 'sum', got 'none'")
+    reduction = loss_reduction(loss)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"as_loss: loss must have reduction 'mean' or 'sum', got {reduction!r}")
     if type(loss) is nn.CrossEntropyLoss:
         return SoftmaxCrossEntropy(
             loss.weight, ignore_index=loss.ignore_index, label_smoothing=float(loss.label_smoothing)
@@ -322,19 +349,35 @@ def as_loss(loss: Any) -> OutputLoss:
         return SquaredError()
     function, options = loss, {}
     if isinstance(loss, functools.partial) and not loss.args:
-        function, options = loss.func, dict(loss.keywords)
+        function, options = loss.func, {name: value for name, value in loss.keywords.items() if name != "reduction"}
     if function is functional.cross_entropy and options.keys() <= {"weight", "ignore_index", "label_smoothing"}:
         return SoftmaxCrossEntropy(options.pop("weight", None), **options)
     if function is functional.mse_loss and not options:
         return SquaredError()
     if not callable(loss):
         raise TypeError(f"as_loss: loss must be a PyTorch loss or a callable, got {type(loss).__name__}")
-    return CustomLoss(loss)
+    return CustomLoss(loss, reduction)
+
+
+def loss_reduction(loss: Any) -> str:
+    """The reduction that a loss module, or a ``functools.partial`` of a function, names; "mean" if none."""
+    own = loss.keywords.get("reduction") if isinstance(loss, functools.partial) else None
+    return getattr(loss, "reduction", "mean") if own is None else own
 
 
 def _check_shape(owner: str, targets: Tensor, shape: tuple[int, ...], what: str) -> None:
     if targets.shape != shape:
         raise ValueError(f"{owner}: targets must be {what}, {list(shape)}, got {list(targets.shape)}")
+
+
+def _check_labels(label: Tensor, classes: int) -> None:
+    """A label that names no class is nobody's: the formulas would take it for an unlabeled row without a word."""
+    if label.numel() and not bool(((label >= 0) & (label < classes)).all()):
+        low, high = int(label.min()), int(label.max())
+        raise ValueError(
+            f"SoftmaxCrossEntropy: targets must be in [0, {classes}) (from outputs) or ignore_index, "
+            f"got {low if low < 0 else high}"
+        )
 
 
 def _one_hot(label: Tensor, classes: int) -> Tensor:

@@ -15,7 +15,16 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["BatchNormMode", "batch_norms", "frozen_statistics", "math_attention", "private_copy", "watch_attention"]
+__all__ = [
+    "BatchNormMode",
+    "batch_norms",
+    "check_records",
+    "frozen_statistics",
+    "math_attention",
+    "own_dtypes",
+    "private_copy",
+    "watch_attention",
+]
 
 BatchNormMode = Literal["eval", "frozen", "batch"]
 
@@ -46,6 +55,10 @@ def private_copy(model: nn.Module, batch_norm: BatchNormMode) -> tuple[nn.Module
         memo[id(param)] = nn.Parameter(param.detach().clone(), requires_grad=param.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().clone()
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, memo).eval()
     for name, layer in batch_norms(copied).items():
         if batch_norm == "batch":
@@ -98,6 +111,28 @@ def frozen_statistics(model: nn.Module, call: Callable[[], Any]) -> dict[str, Te
         for layer in layers.values():
             layer.training, layer.track_running_stats = False, True
     return found
+
+
+def check_records(owner: str) -> None:
+    """Refuse ``torch.inference_mode``, under which derivatives come out as zeros without a word.
+
+    Raises:
+        RuntimeError: it is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{owner}: derivatives must be taken outside of torch.inference_mode, which records none; no_grad may stay"
+        )
+
+
+@contextlib.contextmanager
+def own_dtypes(device: torch.device) -> Iterator[None]:
+    """Without a caller's autocast, which would round the products inside of every engine."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -43,14 +43,16 @@ def math_mode(precision: str | None, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    # Not by ``allow_tf32``, which PyTorch raises on reading once a caller has set ``fp32_precision``.
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    conv = cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    matmul.fp32_precision = conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.fp32_precision, conv.fp32_precision = before
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

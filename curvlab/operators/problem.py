@@ -20,8 +20,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from curvlab.operators.batches import Batches, as_batches, first_samples
-from curvlab.operators.losses import OutputLoss, as_loss
-from curvlab.operators.modes import BatchNormMode, frozen_statistics, math_attention, private_copy
+from curvlab.operators.losses import OutputLoss, as_loss, loss_reduction
+from curvlab.operators.modes import (
+    BatchNormMode,
+    batch_norms,
+    check_records,
+    frozen_statistics,
+    math_attention,
+    own_dtypes,
+    private_copy,
+)
 from curvlab.operators.params import flatten, select_names, unflatten
 
 __all__ = ["Problem", "Reduction"]
@@ -30,14 +38,15 @@ Reduction = Literal["mean", "sum"]
 Selection = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 
 
-@dataclass(frozen=True, init=False, eq=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Problem:
     """A loss as a function of chosen parameters, at a snapshot of them: later training does not move it.
 
     Args:
         model: the network; never modified. Copied without its tensors, and run in evaluation mode.
         loss: ``nn.CrossEntropyLoss``, ``F.cross_entropy`` (or a ``functools.partial`` of it), ``nn.MSELoss``,
-            ``F.mse_loss``, an ``OutputLoss``, or a callable that returns the mean over a batch.
+            ``F.mse_loss``, an ``OutputLoss``, or a callable that returns the mean over a batch (the sum, if it has an
+            attribute or keyword ``reduction`` that says so).
         data: ``(x, y)`` of tensors, or what can be iterated again and again over such pairs in a fixed order. Inputs x
             may be a tensor, a tuple (``model(*x)``) or a dict (``model(**x)``). Moved to the parameters' device, and
             floating-point tensors to their dtype.
@@ -63,6 +72,7 @@ class Problem:
         ValueError: no parameters chosen, a pattern that names none; parameters of several dtypes or devices; no
             samples; a one-shot iterator; ``reduction`` against that of the loss module; BatchNorm without running
             statistics in mode "eval".
+        RuntimeError: inside ``torch.inference_mode``.
     """
 
     model: nn.Module
@@ -88,13 +98,14 @@ class Problem:
         batch_norm: BatchNormMode = "eval",
         process_group: Any = None,
     ) -> None:
+        check_records("Problem")
         if not isinstance(model, nn.Module):
             raise TypeError(f"Problem: model must be an nn.Module, got {type(model).__name__}")
         model = _unwrapped(model)
         if reduction not in get_args(Reduction):
             raise ValueError(f"Problem: reduction must be 'mean' or 'sum', got {reduction!r}")
-        if getattr(loss, "reduction", "mean") == "sum" and reduction == "mean":
-            raise ValueError("Problem: reduction must be 'sum' like that of the loss module, got 'mean'")
+        if loss_reduction(loss) == "sum" and reduction == "mean":
+            raise ValueError("Problem: reduction must be 'sum' like that of the loss, got 'mean'")
         output_loss = as_loss(loss)
         chosen = select_names(model, params, "Problem")
         copied, values, buffers = private_copy(model, batch_norm)
@@ -122,12 +133,14 @@ class Problem:
         for _, targets in self.data:
             samples += len(targets)
             weight += self.loss.weight(None, targets)
+        without = int(samples == 0)
         if self.process_group is not None:
-            counts = torch.tensor([samples, weight], dtype=torch.float64, device=device)
+            counts = torch.tensor([samples, weight, without], dtype=torch.float64, device=device)
             torch.distributed.all_reduce(counts, group=self.process_group)
-            samples, weight = int(counts[0].item()), counts[1].item()
-        if samples == 0:
-            raise ValueError("Problem: data must hold at least one sample, got none")
+            samples, weight, without = int(counts[0].item()), counts[1].item(), int(counts[2].item())
+        if without:  # every process raises: one alone would leave the others waiting for it
+            where = "" if self.process_group is None else f" on {without} process(es)"
+            raise ValueError(f"Problem: data must hold at least one sample, got none{where}")
         if self.reduction == "mean" and not weight > 0.0 and not may_weigh_nothing:
             raise ValueError(f"Problem: data must hold a target that counts for reduction 'mean', got Z = {weight}")
         object.__setattr__(self, "num_samples", samples)
@@ -192,7 +205,7 @@ class Problem:
             named = dict(inputs)
         else:
             positional = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        with math_attention():
+        with math_attention(), own_dtypes(self.device):
             return functional_call(self.model, values, positional, named)
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -238,6 +251,16 @@ class Problem:
         tensors = [params[name] for name in self.params]
         return flatten(tensors, batched=True).T if batched else flatten(tensors)
 
+    def __repr__(self) -> str:
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        names = list(self.params)
+        some = ", ".join(names[:4]) + (f", ... ({len(names)} tensors)" if len(names) > 4 else "")
+        norms = f", batch_norm={self.batch_norm!r}" if batch_norms(self.model) else ""
+        return (
+            f"Problem({type(self.model).__name__}, {self.loss!r}, N={self.num_samples}, P={self.num_params} {where}, "
+            f"reduction={self.reduction!r}{norms}, params: {some})"
+        )
+
     def _with(self, **changes: Any) -> Problem:
         other = copy.copy(self)
         for name, value in changes.items():
@@ -274,6 +297,8 @@ def _check_params(theta: dict[str, Tensor]) -> None:
 
 def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
+        # Inference tensors (features computed under inference_mode) cannot be saved for a backward pass.
+        value = value.clone() if value.is_inference() else value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if isinstance(value, Mapping):
         return {key: _moved(item, device, dtype) for key, item in value.items()}

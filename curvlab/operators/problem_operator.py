@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlab.operators.base import LinearOperator
 from curvlab.operators.engines.protocol import Engine
 from curvlab.operators.engines.select import make_engine
-from curvlab.operators.modes import watch_attention
+from curvlab.operators.modes import check_records, own_dtypes, watch_attention
 from curvlab.operators.precision import relative_error
 from curvlab.operators.problem import Problem
 
@@ -41,7 +41,7 @@ class ProblemOperator(LinearOperator):
 
     Raises:
         ValueError: a model that is not deterministic, and what :func:`make_engine` refuses.
-        RuntimeError: the engine multiplies wrongly.
+        RuntimeError: the engine multiplies wrongly; inside ``torch.inference_mode``, which records no derivative.
     """
 
     def __init__(
@@ -59,9 +59,12 @@ class ProblemOperator(LinearOperator):
     ) -> None:
         if not isinstance(problem, Problem):
             raise TypeError(f"{type(self).__name__}: problem must be a Problem, got {type(problem).__name__}")
+        check_records(type(self).__name__)
         check_deterministic(problem, type(self).__name__)
         self.problem = problem
-        self.engine, self.report = make_engine(problem, engine, precision, memory_budget, product=product, **options)
+        with own_dtypes(problem.device):
+            made = make_engine(problem, engine, precision, memory_budget, product=product, **options)
+        self.engine, self.report = made
         self._precision, self._precision_error = precision, None
         self._options = {"memory_budget": memory_budget, **options}
         size = problem.num_params
@@ -76,6 +79,11 @@ class ProblemOperator(LinearOperator):
         )
         if shape is not None:
             self.output_layout = None  # outputs of the network, even if there are P of them
+
+    def _checked(self, rows: Tensor, size: int, result_size: int, *, transposed: bool) -> Tensor:
+        check_records(type(self).__name__)
+        with own_dtypes(self.device):
+            return super()._checked(rows, size, result_size, transposed=transposed)
 
     def _product(self, rows: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no product")

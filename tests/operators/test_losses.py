@@ -176,7 +176,32 @@ def test_which_loss_stands_for_what():
             return super().forward(input, target) / 2
 
     assert isinstance(as_loss(Halved()), CustomLoss)
-    assert isinstance(as_loss(functools.partial(F.cross_entropy, reduction="mean")), CustomLoss)
+    assert isinstance(as_loss(functools.partial(F.cross_entropy, reduction="mean")), SoftmaxCrossEntropy)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.BCEWithLogitsLoss(reduction="sum"), functools.partial(F.huber_loss, reduction="sum", delta=0.7)]
+)
+def test_a_callable_that_sums_is_not_summed_again(loss):
+    outputs, targets = normal(5, 3), normal(5, 3, seed=2).sigmoid()
+    assert as_loss(loss).total(outputs, targets) == loss(outputs, targets)
+
+
+def test_a_label_that_names_no_class_is_refused():
+    loss, outputs = SoftmaxCrossEntropy(), normal(4, 3)
+    for bad in (3, -1):
+        targets = torch.tensor([0, bad, 2, -100])
+        for call in (loss.gradient, loss.curvature):
+            with pytest.raises(ValueError, match=rf"in \[0, 3\) .* or ignore_index, got {bad}"):
+                call(outputs, targets)
+
+
+def test_losses_say_what_they_are():
+    assert repr(as_loss(nn.CrossEntropyLoss())) == "SoftmaxCrossEntropy()"
+    options = SoftmaxCrossEntropy(torch.ones(2), ignore_index=3, label_smoothing=0.1)
+    assert repr(options) == "SoftmaxCrossEntropy(class_weights=[1.0, 1.0], ignore_index=3, label_smoothing=0.1)"
+    assert repr(as_loss(F.mse_loss)) == "SquaredError()"
+    assert repr(as_loss(F.l1_loss)) == "CustomLoss(l1_loss, 'mean')"
 
 
 @pytest.mark.parametrize(
@@ -184,6 +209,9 @@ def test_which_loss_stands_for_what():
     [
         (lambda: as_loss(3), TypeError, "PyTorch loss or a callable, got int"),
         (lambda: as_loss(nn.MSELoss(reduction="none")), ValueError, "'mean' or 'sum', got 'none'"),
+        (lambda: as_loss(functools.partial(F.mse_loss, reduction="none")), ValueError, "'mean' or 'sum', got 'none'"),
+        (lambda: CustomLoss(F.l1_loss, "none"), ValueError, "'mean' or 'sum', got 'none'"),
+        (lambda: SoftmaxCrossEntropy().weight(None, normal(5)), ValueError, r"class probabilities .*, got \[5\] of"),
         (lambda: SoftmaxCrossEntropy(label_smoothing=2.0), ValueError, r"in \[0, 1\], got 2.0"),
         (lambda: SoftmaxCrossEntropy(-WEIGHTS), ValueError, "non-negative"),
         (lambda: SoftmaxCrossEntropy().total(normal(3), labels(3, classes=2)), ValueError, r"\[N, C, ...\], got \[3\]"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvlab.operators.engines.autograd import AutogradEngine
+from curvlab.operators.hessian import HessianOperator
 from curvlab.operators.problem import Problem
 from curvlab.operators.problem_operator import check_deterministic
 from tests.operators.models import CASES, F64, Tied, labels, normal, seeded, split
@@ -177,6 +179,16 @@ def test_a_steady_loader_is_taken_and_a_shuffling_one_refused():
         AutogradEngine(Problem(net(), nn.CrossEntropyLoss(), dropping)).gradient()
 
 
+def test_looking_at_a_loader_does_not_move_the_global_generator():
+    loader = DataLoader(TensorDataset(normal(8, 3), labels(8, classes=2)), batch_size=3)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    problem = Problem(net(), nn.CrossEntropyLoss(), loader)
+    torch.manual_seed(7)
+    list(problem.batches())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("later", [1, 3])
 def test_a_pass_with_fewer_or_more_batches_is_refused(later):
     class Changing:
@@ -196,6 +208,66 @@ def test_noise_in_the_forward_pass_is_found():
     with pytest.raises(ValueError, match="Judge: model must be deterministic, got outputs that differ by"):
         check_deterministic(problem, "Judge")
     check_deterministic(CASES["dropout"]().problem(), "Judge")
+
+
+def test_inference_tensors_and_modes_do_not_turn_derivatives_into_zeros():
+    expected = HessianOperator(small(), engine="autograd").to_dense()
+    with torch.inference_mode():
+        data = (normal(7, 3), labels(7, classes=2))
+        with pytest.raises(RuntimeError, match=r"Problem: .* outside of torch.inference_mode"):
+            small()
+    features = HessianOperator(Problem(net(), nn.CrossEntropyLoss(), data), engine="linearized")
+    torch.testing.assert_close(features.to_dense(), expected)
+    problem = small()
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match=r"HessianOperator: .* outside of torch.inference_mode"):
+            HessianOperator(problem)
+        with pytest.raises(RuntimeError, match=r"HessianOperator: .* outside of torch.inference_mode"):
+            _ = features @ torch.ones(features.shape[1], dtype=F64)
+
+
+@pytest.mark.parametrize("engine", ["autograd", "linearized", "fused"])
+def test_autocast_around_a_product_does_not_round_it(engine):
+    problem = small().to(torch.float32)
+    row = normal(1, problem.num_params).float()
+    expected = HessianOperator(problem, engine=engine).apply_rows(row)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = HessianOperator(problem, engine=engine).apply_rows(row)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_process_without_samples_stops_all_of_them(monkeypatch):
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda counts, group: counts.add_(torch.tensor([0.0, 0.0, 1.0]))
+    )
+    with pytest.raises(ValueError, match="at least one sample, got none on 1 process"):
+        small(process_group=object())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_old_style_weight_norm_is_taken():
+    layer = seeded(lambda: nn.utils.weight_norm(nn.Linear(3, 2)))
+    layer(normal(7, 3))  # leaves a weight on the module that is no leaf
+    new = seeded(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    with torch.no_grad():
+        for value, other in zip(new.parameters(), layer.parameters(), strict=True):
+            value.copy_(other)
+    data = (normal(7, 3), labels(7, classes=2))
+    old, other = (Problem(m, F.cross_entropy, data) for m in (layer, new))
+    assert list(old.params) == ["bias", "weight_g", "weight_v"]
+    torch.testing.assert_close(
+        HessianOperator(old, engine="autograd").to_dense(), HessianOperator(other, engine="autograd").to_dense()
+    )
+
+
+def test_a_problem_says_what_it_is():
+    text = repr(small(reduction="sum"))
+    assert text == (
+        "Problem(Sequential, SoftmaxCrossEntropy(), N=7, P=26 float64 on cpu, reduction='sum', params: 0.weight, "
+        "0.bias, 2.weight, 2.bias)"
+    )
+    many = Problem(nn.Sequential(*[nn.Linear(2, 2), nn.BatchNorm1d(2)] * 2), F.mse_loss, (normal(3, 2), normal(3, 2)))
+    assert "batch_norm='eval', params: 0.weight" in repr(many)
 
 
 def test_attention_says_that_it_takes_the_math_path():
@@ -238,7 +310,13 @@ DATA = (normal(4, 3), labels(4, classes=2))
         (lambda: small(batch_norm="train"), ValueError, "'eval', 'frozen' or 'batch', got 'train'"),
         (lambda: small(params="7.*"), ValueError, "got '7.\\*', which matches none"),
         (lambda: small(params=lambda name, param: False), ValueError, "at least one parameter"),
-        (lambda: Problem(net(), nn.MSELoss(reduction="sum"), DATA), ValueError, "'sum' like that of the loss module"),
+        (lambda: Problem(net(), nn.MSELoss(reduction="sum"), DATA), ValueError, "'sum' like that of the loss"),
+        (
+            lambda: Problem(net(), functools.partial(F.cross_entropy, reduction="sum"), DATA),
+            ValueError,
+            "'sum' like that of the loss, got 'mean'",
+        ),
+        (lambda: Problem(net(), F.cross_entropy, (DATA[0], DATA[1].double())), ValueError, "class indices"),
         (lambda: Problem(net(), F.cross_entropy, iter([DATA])), ValueError, "one-shot iterator"),
         (lambda: Problem(net(), F.cross_entropy, DATA[0]), TypeError, "got Tensor"),
         (lambda: Problem(net(), F.cross_entropy, [DATA[0]]), TypeError, "pairs \\(inputs, targets\\)"),

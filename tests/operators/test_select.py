@@ -14,6 +14,7 @@ from curvlab.operators.engines.autograd import AutogradEngine
 from curvlab.operators.engines.protocol import UnsupportedModel, batch_generator, draw_seed
 from curvlab.operators.engines.select import ENGINES, make_engine
 from curvlab.operators.hessian import HessianOperator
+from curvlab.operators.precision import math_mode
 from curvlab.operators.problem import Problem
 from tests.operators.models import CASES, labels, normal, split
 
@@ -151,3 +152,16 @@ def test_seeds_and_streams():
     assert draw_seed(generator) != draw_seed(generator)
     draws = [torch.rand(2, generator=batch_generator(2**62 - 1, index, cpu)) for index in (0, 1, 0)]
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+
+
+def test_tf32_is_off_and_put_back_whichever_way_a_caller_set_it():
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"  # from here on PyTorch raises where matmul.allow_tf32 is read
+        for precision, inside in ((None, "ieee"), ("tf32", "tf32")):
+            with math_mode(precision, torch.device("cuda")):
+                assert (matmul.fp32_precision, conv.fp32_precision) == (inside, inside)
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", before[1])
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
