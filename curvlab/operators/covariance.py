@@ -57,6 +57,10 @@ class GradientCovarianceOperator(ProblemOperator):
         self.centered = centered
         self._mean: Tensor | None = None
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._mean = None
+
     @property
     def mean(self) -> Tensor:
         """The mean g ``[P]``, of all processes; a collective call on first use where there is a process group."""

@@ -241,6 +241,21 @@ class Problem:
         moved = {n: _checked(buffers, n, v) if buffers and n in buffers else v for n, v in self.buffers.items()}
         return self._with(params=snapshot, buffers=moved)
 
+    def at(self, model: nn.Module) -> Problem:
+        """The same problem at the present values of ``model``: of all parameters, chosen or fixed, and of the buffers.
+
+        Raises:
+            ValueError: names or shapes that are not the problem's.
+        """
+        model = _unwrapped(model)
+        values: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        values.update(model.named_buffers(remove_duplicate=False))
+
+        def snapshot(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: _checked(values, name, value, "at: model") for name, value in own.items()}
+
+        return self._with(params=snapshot(self.params), fixed=snapshot(self.fixed), buffers=snapshot(self.buffers))
+
     def rows_to_params(self, rows: Tensor) -> dict[str, Tensor]:
         """Name -> ``[K, *shape]``, views of ``rows [K, P]``; from ``[P]``, ``[*shape]``."""
         pieces = unflatten(rows.T if rows.ndim == 2 else rows, list(self.params.values()))
@@ -274,12 +289,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _checked(params: Mapping[str, Tensor], name: str, own: Tensor) -> Tensor:
+def _checked(params: Mapping[str, Tensor], name: str, own: Tensor, owner: str = "with_params: params") -> Tensor:
     if name not in params:
-        raise ValueError(f"with_params: params must have {name!r}, got {sorted(params)[:8]}")
+        raise ValueError(f"{owner} must have {name!r}, got {sorted(params)[:8]}")
     value = params[name]
     if value.shape != own.shape:
-        raise ValueError(f"with_params: params must have shape {list(own.shape)} for {name}, got {list(value.shape)}")
+        raise ValueError(f"{owner} must have shape {list(own.shape)} for {name}, got {list(value.shape)}")
     return value.detach().to(own).clone()
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from curvlab.operators.base import LinearOperator
 from curvlab.operators.engines.protocol import Engine
@@ -62,6 +64,8 @@ class ProblemOperator(LinearOperator):
         check_records(type(self).__name__)
         check_deterministic(problem, type(self).__name__)
         self.problem = problem
+        generator = options.get("generator")
+        self._generator_state = None if generator is None else generator.get_state()
         with own_dtypes(problem.device):
             made = make_engine(problem, engine, precision, memory_budget, product=product, **options)
         self.engine, self.report = made
@@ -79,6 +83,27 @@ class ProblemOperator(LinearOperator):
         )
         if shape is not None:
             self.output_layout = None  # outputs of the network, even if there are P of them
+
+    def at(self, model: nn.Module) -> Self:
+        """The same matrix at the present values of ``model``, as along a training run; this one stays as it is.
+
+        The engine that was picked and checked at the first parameters is built for the new ones without another check:
+        where products are few (a warm start), the check costs more than they do.
+
+        Raises:
+            ValueError: a model whose parameters or buffers are not the problem's.
+        """
+        moved = copy.copy(self)
+        moved.problem = self.problem.at(model)
+        with own_dtypes(self.device):
+            moved.engine = _like(self, moved.problem, self._precision)
+        moved.num_products = 0
+        moved._forget()
+        return moved
+
+    def _forget(self) -> None:
+        """Drop what was computed at other parameters."""
+        self._precision_error = None
 
     def _checked(self, rows: Tensor, size: int, result_size: int, *, transposed: bool) -> Tensor:
         check_records(type(self).__name__)
@@ -109,7 +134,7 @@ class ProblemOperator(LinearOperator):
         if self._precision_error is None:
             generator = torch.Generator(self.device).manual_seed(0)
             row = torch.randn(1, self.shape[1], dtype=self.dtype, device=self.device, generator=generator)
-            low, full = self._apply(row), _in_full_precision(self)
+            low, full = self._apply(row), _like(self, self.problem, None)
             engine, self.engine = self.engine, full
             try:
                 self._precision_error = relative_error(low, self._apply(row))
@@ -118,10 +143,13 @@ class ProblemOperator(LinearOperator):
         return self._precision_error
 
 
-def _in_full_precision(operator: ProblemOperator) -> Engine:
-    """The operator's kind of engine without a lower precision."""
+def _like(operator: ProblemOperator, problem: Problem, precision: str | None) -> Engine:
+    """The operator's kind of engine, with the same draws."""
     build: Any = type(operator.engine)
-    return build(operator.problem, precision=None, **operator._options)
+    options = dict(operator._options)
+    if operator._generator_state is not None:
+        options["generator"] = torch.Generator().set_state(operator._generator_state)
+    return build(problem, precision=precision, **options)
 
 
 def check_deterministic(problem: Problem, owner: str) -> None:
