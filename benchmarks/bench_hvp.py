@@ -176,10 +176,13 @@ def _low_precision_case(setup: Setup) -> Case:
     return Case(name, low, {"our float32": exact}, note=note, bar=(1 / 1.5, 0.5))
 
 
-def _pairs(setup: Setup, start: Tensor | None = None) -> Any:
-    return top_eigenpairs(
-        HessianOperator(problem_of(setup)), algorithms.NUM_PAIRS, tol=algorithms.TOLERANCE, start=start
-    )
+def _pairs(setup: Setup) -> Any:
+    return top_eigenpairs(HessianOperator(problem_of(setup)), algorithms.NUM_PAIRS, tol=algorithms.TOLERANCE)
+
+
+def _warm_pairs(operator: HessianOperator, model: nn.Module, start: Tensor) -> Any:
+    """As along a training run: the operator moved to the present parameters, earlier eigenvectors to start from."""
+    return top_eigenpairs(operator.at(model), algorithms.NUM_PAIRS, tol=algorithms.TOLERANCE, start=start)
 
 
 def _eigenpair_case(
