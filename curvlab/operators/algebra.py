@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ __all__ = [
     "SumOperator",
     "TransposedOperator",
 ]
+
+
+Selection = str | Iterable[str] | Iterable[int] | Mapping[str, Tensor] | Tensor
 
 
 def _check_alike(owner: str, a: LinearOperator, b: LinearOperator) -> None:
@@ -45,8 +49,8 @@ class TransposedOperator(LinearOperator):
 
     def __init__(self, base: LinearOperator) -> None:
         self.base = base
-        layout = base.layout if base.shape[0] == base.shape[1] else None
-        super().__init__((base.shape[1], base.shape[0]), base.dtype, base.device, layout=layout)
+        super().__init__((base.shape[1], base.shape[0]), base.dtype, base.device, layout=base.output_layout)
+        self.output_layout = base.layout
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.base.apply_rows_transposed(rows)
@@ -74,8 +78,9 @@ class SumOperator(LinearOperator):
             a.device,
             is_symmetric=a.is_symmetric and b.is_symmetric,
             is_psd=a.is_psd and b.is_psd,
-            layout=a.layout if a.layout is not None else b.layout,
         )
+        known = a if a.layout is not None else b
+        self.layout, self.output_layout = known.layout, known.output_layout
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.terms[0].apply_rows(rows) + self.terms[1].apply_rows(rows)
@@ -97,6 +102,7 @@ class ScaledOperator(LinearOperator):
             is_psd=base.is_psd and factor >= 0.0,
             layout=base.layout,
         )
+        self.output_layout = base.output_layout
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.base.apply_rows(rows) * self.factor
@@ -114,8 +120,9 @@ class ProductOperator(LinearOperator):
             raise ValueError(f"@: operators must be [M, P] and [P, Q], got {list(a.shape)} and {list(b.shape)}")
         self.left, self.right = a, b
         gram = (a is b and a.is_symmetric) or _is_transpose(a, b) or _is_transpose(b, a)
-        layout = b.layout if a.shape[0] == b.shape[1] else None
-        super().__init__((a.shape[0], b.shape[1]), a.dtype, a.device, is_psd=gram, layout=layout)
+        super().__init__((a.shape[0], b.shape[1]), a.dtype, a.device, is_psd=gram, layout=b.layout)
+        plain = a.layout is None and a.output_layout is None and a.shape[0] == a.shape[1]
+        self.output_layout = b.output_layout if plain else a.output_layout
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.left.apply_rows(self.right.apply_rows(rows))
@@ -138,6 +145,7 @@ class ShiftedOperator(LinearOperator):
             is_psd=base.is_psd and self.c >= 0.0,
             layout=base.layout,
         )
+        self.output_layout = base.output_layout
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.base.apply_rows(rows).add_(rows, alpha=self.c)
@@ -160,6 +168,7 @@ class DeflatedOperator(LinearOperator):
         self.eigenvalues = eigenvalues.detach().to(base.device, base.dtype)
         self.rows = rows.detach().to(base.device, base.dtype).contiguous()
         super().__init__(base.shape, base.dtype, base.device, is_symmetric=base.is_symmetric, layout=base.layout)
+        self.output_layout = base.output_layout
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self._deflated(self.base.apply_rows(rows), rows)
@@ -178,7 +187,7 @@ class RestrictedOperator(LinearOperator):
         indices: the chosen coordinates ``[P']``, increasing unless they were given as indices.
     """
 
-    def __init__(self, base: LinearOperator, selection: str | Iterable[str] | Mapping[str, Tensor] | Tensor) -> None:
+    def __init__(self, base: LinearOperator, selection: Selection) -> None:
         _check_square("restrict", base)
         self.base = base
         self.indices, layout = _coordinates(base, selection)
@@ -223,6 +232,8 @@ class BlockDiagonalOperator(LinearOperator):
         layout = _layout("block_diagonal", base)
         self.base = base
         groups = [[name] for name in layout] if groups is None else groups
+        if not groups:
+            raise ValueError("block_diagonal: groups must hold at least one group of parameters, got none")
         self.blocks = [_coordinates(base, group)[0] for group in groups]
         if len(torch.cat(self.blocks).unique()) != sum(map(len, self.blocks)):
             raise ValueError(f"block_diagonal: groups must not share a parameter, got {groups}")
@@ -252,21 +263,21 @@ class BlockDiagonalOperator(LinearOperator):
 
 
 def _layout(owner: str, base: LinearOperator) -> Layout:
-    if base.layout is None:
+    if base.layout is None or base.output_layout is None:
         raise ValueError(f"{owner}: names need a matrix over a parameter list, got {base!r}")
     return base.layout
 
 
-def _coordinates(
-    base: LinearOperator, selection: str | Iterable[str] | Mapping[str, Tensor] | Tensor
-) -> tuple[Tensor, Layout | None]:
+def _coordinates(base: LinearOperator, selection: Selection) -> tuple[Tensor, Layout | None]:
     """Chosen coordinates, and the layout of what they leave (None unless whole parameters are chosen)."""
     size = base.shape[1]
+    if not isinstance(selection, (str, Mapping, Tensor)):
+        selection = _listed(selection)
     if isinstance(selection, Tensor):
         return _of_vector(selection.to(base.device), size), None
     layout = _layout("restrict", base)
     if isinstance(selection, Mapping):
-        return _of_mask(selection, layout, base.device), None
+        return _of_mask(cast("Mapping[str, Tensor]", selection), layout, base.device), None
     names: set[str] = set()
     for pattern in [selection] if isinstance(selection, str) else selection:
         found = [name for name in layout if name == pattern or fnmatchcase(name, pattern)]
@@ -277,6 +288,19 @@ def _coordinates(
         raise ValueError("restrict: selection must choose at least one coordinate, got none")
     keep = {name: torch.full(tuple(shape), name in names, dtype=torch.bool) for name, shape in layout.items()}
     return _of_mask(keep, layout, base.device), {name: shape for name, shape in layout.items() if name in names}
+
+
+def _listed(selection: Iterable[str] | Iterable[int]) -> list[str] | Tensor:
+    """Names, or a tensor of what stands for coordinates."""
+    array = getattr(selection, "__array__", None)
+    if array is not None:
+        return torch.tensor(array())
+    items: list[Any] = list(selection)
+    if all(isinstance(item, str) for item in items):
+        return items
+    if any(isinstance(item, str) or not isinstance(item, SupportsIndex) for item in items):
+        raise TypeError(f"restrict: selection must be names, a mask or indices, got a list with {items[:4]}")
+    return torch.tensor(items)
 
 
 def _of_vector(selection: Tensor, size: int) -> Tensor:

@@ -70,7 +70,7 @@ class LinearOperator:
     # What solvers call
 
     def apply_rows(self, rows: Tensor) -> Tensor:
-        """``A v`` for each row v: ``[K, columns]`` to ``[K, rows]``, contiguous. K may be 0.
+        """``A v`` for each row v: ``[K, columns]`` to ``[K, rows]``, contiguous, in memory of its own. K may be 0.
 
         Raises:
             ValueError: rows of another shape, dtype or device.
@@ -93,7 +93,10 @@ class LinearOperator:
         self.num_products += len(rows)
         rows = rows.detach().contiguous()
         with torch.no_grad():
-            return (self._apply_transposed(rows) if transposed else self._apply(rows)).contiguous()
+            result = (self._apply_transposed(rows) if transposed else self._apply(rows)).contiguous()
+        # An identity may hand back what it was given; shifts and deflation write into what they get.
+        same = result.untyped_storage()._cdata == rows.untyped_storage()._cdata
+        return result.clone() if same else result
 
     # What users write
 
@@ -158,12 +161,14 @@ class LinearOperator:
         """``A - sum_i lambda_i v_i v_i^T`` for known eigenpairs: lambda ``[m]``, orthonormal v as ``rows [m, P]``."""
         return _algebra().DeflatedOperator(self, eigenvalues, rows)
 
-    def restrict(self, selection: str | Iterable[str] | Mapping[str, Tensor] | Tensor) -> LinearOperator:
+    def restrict(
+        self, selection: str | Iterable[str] | Iterable[int] | Mapping[str, Tensor] | Tensor
+    ) -> LinearOperator:
         """The principal submatrix of some coordinates, ``[P', P']`` (see :class:`algebra.RestrictedOperator`).
 
         Args:
             selection: names or glob patterns of parameters; a mask, name -> boolean tensor (parameters it does not name
-                are kept whole); a boolean vector ``[P]``; or indices ``[P']`` (int64).
+                are kept whole); a boolean vector ``[P]``; or indices ``[P']`` (a tensor, an array or a list).
         """
         return _algebra().RestrictedOperator(self, selection)
 
@@ -193,12 +198,14 @@ class LinearOperator:
             TypeError: NumPy has no such dtype (bfloat16).
         """
         try:
+            import numpy as np
             from scipy.sparse.linalg import LinearOperator as Scipy
         except ImportError as error:
             raise ImportError("to_scipy: SciPy must be installed: pip install scipy") from error
 
         def product(array: Any, *, transposed: bool) -> Any:
-            columns = torch.as_tensor(array).to(self.device, self.dtype)
+            # A copy: tensors have neither the negative strides nor the write protection that NumPy's views may have.
+            columns = torch.from_numpy(np.array(array, order="C")).to(self.device, self.dtype)
             rows = columns.reshape(columns.shape[0], -1).T
             result = self.apply_rows_transposed(rows) if transposed else self.apply_rows(rows)
             return result.T.reshape(-1, *array.shape[1:]).cpu().numpy()

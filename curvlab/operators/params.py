@@ -44,7 +44,8 @@ def flatten(tensors: Sequence[Tensor], *, batched: bool = False) -> Tensor:
                 f"first), got {list(tensor.shape)} at {i}"
             )
     if batched:
-        return torch.cat([tensor.reshape(tensor.shape[0], -1) for tensor in tensors], 1).T
+        # Not reshape(K, -1), which has no answer for K = 0.
+        return torch.cat([tensor.reshape(tensor.shape[0], tensor.shape[1:].numel()) for tensor in tensors], 1).T
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,22 @@ def test_results_carry_no_graph_and_do_not_alias():
     assert torch.equal(rows, before)
 
 
+class Identity(LinearOperator):
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+def test_an_operator_that_returns_its_argument_shares_no_memory_with_it():
+    identity = Identity((6, 6), F64, torch.device("cpu"), is_symmetric=True)
+    v = normal(6)
+    before = v.clone()
+    torch.testing.assert_close(identity.shift(1.0) @ v, 2.0 * before)
+    torch.testing.assert_close(identity.deflate(VALUES, ROWS) @ v, before - ROWS.T @ (VALUES * (ROWS @ before)))
+    result = identity @ v
+    result += 1.0
+    assert torch.equal(v, before)
+
+
 @pytest.fixture(scope="module")
 def hessian() -> HessianOperator:
     return HessianOperator(CASES["act_tanh"]().problem(), engine="autograd")
@@ -116,6 +134,8 @@ def test_lists_of_tensors(hessian, matrix):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
     for got, want in zip(hessian @ [piece[1] for piece in pieces], expected, strict=True):
         torch.testing.assert_close(got, want[1], rtol=1e-11, atol=1e-13)
+    empty = hessian @ [piece[:0] for piece in pieces]
+    assert [block.shape for block in empty] == [(0, *want.shape[1:]) for want in expected]
     with pytest.raises(ValueError, match=r"list of \[\*shape\] or \[K, \*shape\] .* got \[\[4, 3\]\]"):
         hessian @ [pieces[0][0]]
     with pytest.raises(ValueError, match="not over a parameter list"):
@@ -131,6 +151,16 @@ def test_a_jacobian_that_happens_to_be_square_gives_outputs_not_parameters():
     got = square @ [weight, bias]
     assert isinstance(got, Tensor)
     torch.testing.assert_close(got.reshape(5, 3), x.repeat(2, 1)[:5] @ weight.T + bias, rtol=1e-12, atol=1e-13)
+    for same in (2.0 * square, square + 0.0 * square, square.shift(0.0), (1.0 * square.T).T):
+        outputs = same @ [weight, bias]
+        assert isinstance(outputs, Tensor) and outputs.shape == (15,)
+    for transposed in (square.T, 2.0 * square.T):
+        with pytest.raises(ValueError, match="not over a parameter list"):
+            _ = transposed @ [weight, bias]
+    gram = square.T @ square
+    assert [tuple(part.shape) for part in gram @ [weight, bias]] == [(3, 4), (3,)]
+    with pytest.raises(ValueError, match="names need a matrix over a parameter list"):
+        square.block_diagonal()
 
 
 def test_restriction_by_names_and_masks(hessian, matrix):
@@ -149,6 +179,13 @@ def test_restriction_by_names_and_masks(hessian, matrix):
     rows = normal(2, masked.shape[0])
     whole = masked.embed(rows)
     assert not whole[:, ~flat].any() and torch.equal(masked.extract(whole), rows)
+    for indices in ([50, 0, 7], np.array([50, 0, 7]), (i for i in (50, 0, 7))):
+        part = hessian.restrict(indices)
+        torch.testing.assert_close(part.to_dense(), matrix[[50, 0, 7]][:, [50, 0, 7]], rtol=1e-11, atol=1e-13)
+    with pytest.raises(
+        TypeError, match=r"must be names, a mask or indices, got a list with \[0.5\]"
+    ):
+        hessian.restrict([0.5])
     for wrong, match in (
         ("5.*", "got '5.\\*'"),
         ({"0.weight": torch.ones(3, 4)}, "masks of their shape, got '0.weight' of \\[3, 4\\]"),
@@ -176,6 +213,8 @@ def test_block_diagonal(hessian, matrix):
     torch.testing.assert_close(grouped.to_dense(), expected, rtol=1e-11, atol=1e-13)
     with pytest.raises(ValueError, match="must not share a parameter"):
         hessian.block_diagonal([["0.*"], ["*.bias"]])
+    with pytest.raises(ValueError, match="block_diagonal: groups must hold at least one group"):
+        hessian.block_diagonal([])
 
 
 def test_scipy_form_serves_its_solvers(hessian, matrix):
@@ -184,6 +223,12 @@ def test_scipy_form_serves_its_solvers(hessian, matrix):
     values = eigsh(scipy, k=3, which="LA", return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(values), torch.linalg.eigvalsh(matrix)[-3:].numpy(), rtol=1e-8)
     block = normal(6, 2).numpy()
+    fixed = block.copy()
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(A.to_scipy() @ block[::-1, ::-1], SYMMETRIC.numpy() @ block[::-1, ::-1], rtol=1e-12)
+        np.testing.assert_allclose(A.to_scipy() @ fixed, SYMMETRIC.numpy() @ block, rtol=1e-12)
     np.testing.assert_allclose(J.to_scipy() @ block, TALL.numpy() @ block, rtol=1e-12)
     np.testing.assert_allclose(J.to_scipy().rmatvec(block[:4, 0]), TALL.T.numpy() @ block[:4, 0], rtol=1e-12)
     np.testing.assert_allclose(J.to_scipy().rmatmat(block[:4]), TALL.T.numpy() @ block[:4], rtol=1e-12)
