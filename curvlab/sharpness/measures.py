@@ -73,7 +73,7 @@ def sharpness(
     eta: float = 0.0,
     hessian: LinearOperator | None = None,
     tol: float = 1e-3,
-    start: Tensor | None = None,
+    start: Tensor | Eigenpairs | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     r"""The k largest eigenvalues of the Hessian, or of D H D: sharpness per unit of relative change of the weights.
@@ -86,7 +86,7 @@ def sharpness(
         eta: added to D.
         hessian: an operator to use in place of ``HessianOperator(problem)``.
         tol: relative residual of each pair.
-        start: rows to begin with, such as the eigenvectors of an earlier point.
+        start: pairs of an earlier point to begin with, or rows.
         generator: for the first vector.
 
     Raises:

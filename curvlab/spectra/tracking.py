@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from curvlab.spectra import vectors as vec
-from curvlab.spectra.top_eigenpairs import Which, top_eigenpairs
+from curvlab.spectra.top_eigenpairs import Eigenpairs, Which, top_eigenpairs
 
 __all__ = ["EigenpairTracker"]
 
@@ -83,7 +83,8 @@ class EigenpairTracker:
         self._which: Which = which
         self._tol, self._max_products, self._budget, self._seed = tol, max_products, budget_share, seed
         self._clock = clock
-        self._vectors: Tensor | None = None
+        self._pairs: Eigenpairs | None = None
+        self._group: Any = None  # of the last operator's processes
         self._started = clock()
         self._earlier = 0.0  # seconds of the run before a checkpoint
         self._measuring = 0.0
@@ -91,7 +92,7 @@ class EigenpairTracker:
     @property
     def vectors(self) -> Tensor | None:
         """Eigenvectors of the last measurement, rows ``[k, P]``; None before the first."""
-        return self._vectors
+        return None if self._pairs is None else self._pairs.vectors
 
     @property
     def share(self) -> float:
@@ -140,15 +141,23 @@ class EigenpairTracker:
         if self._budget is not None and len(self.rows) > 1:
             expected = self.rows[-1]["seconds"]
             total = self._earlier + self._clock() - self._started
-            if self._measuring + expected > self._budget * (total + expected):
+            if self._first_says(self._measuring + expected > self._budget * (total + expected)):
                 self.num_skipped += 1
                 return
         self._measure(state)
 
+    def _first_says(self, skip: bool) -> bool:
+        """The first process' clock decides for all: a measurement in which one is missing never ends."""
+        if self._group is None:
+            return skip
+        said = [skip]
+        torch.distributed.broadcast_object_list(said, group=self._group, group_src=0)
+        return said[0]
+
     def _measure(self, state: _State) -> None:
         begin = self._clock()
         operator = self._operator(state)
-        start = self._vectors if self._fits(operator) else None
+        start = self._pairs if self._fits(operator) else None
         pairs = top_eigenpairs(
             operator,
             min(self._k, operator.shape[0]),
@@ -158,7 +167,7 @@ class EigenpairTracker:
             max_products=self._max_products,
             generator=torch.Generator().manual_seed(self._seed),
         )
-        self._vectors = pairs.vectors
+        self._pairs, self._group = pairs, vec.process_group(operator)
         seconds = self._clock() - begin
         self._measuring += seconds
         self.rows.append(
@@ -176,7 +185,7 @@ class EigenpairTracker:
         )
 
     def _fits(self, operator: vec.Operator) -> bool:
-        kept = self._vectors
+        kept = self.vectors
         if kept is None or kept.dtype != operator.dtype or kept.device != operator.device:
             return False
         return kept.shape[1] == operator.shape[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 __all__ = [
     "Operator",
+    "agree",
     "check_operator",
     "check_positive",
     "combine_rows",
@@ -26,6 +27,7 @@ __all__ = [
     "draw_signs",
     "inner_products",
     "probe_blocks",
+    "process_group",
     "progress_bar",
     "random_signs",
     "recur",
@@ -232,16 +234,33 @@ def random_signs(
     return signs if signs.shape[1] == size else signs[:, :size].contiguous()
 
 
+def process_group(A: Any) -> Any:
+    """The group over whose processes the products of ``A`` are summed, wherever in an expression it stands; or None."""
+    group = getattr(getattr(A, "problem", None), "process_group", None)
+    parts = [getattr(A, name, None) for name in ("base", "left", "right")] + list(getattr(A, "terms", ()))
+    for part in parts:
+        group = group if group is not None or part is None else process_group(part)
+    return group
+
+
+def agree(A: Any, drawn: Tensor) -> Tensor:
+    """What the first process drew: a sum of products with different vectors is the product with none of them."""
+    group = process_group(A)
+    if group is not None:
+        torch.distributed.broadcast(drawn, group=group, group_src=0)
+    return drawn
+
+
 def draw_signs(A: Operator, num: int, generator: torch.Generator | None) -> Tensor:
-    """Random signs ``[num, P]`` as ``A`` takes them; drawn where the generator is."""
+    """Random signs ``[num, P]`` as ``A`` takes them, the same on all its processes; drawn where the generator is."""
     device = A.device if generator is None else generator.device
-    return random_signs(num, A.shape[0], dtype=A.dtype, device=device, generator=generator).to(A.device)
+    return agree(A, random_signs(num, A.shape[0], dtype=A.dtype, device=device, generator=generator).to(A.device))
 
 
 def draw_normal(A: Operator, num: int, generator: torch.Generator | None) -> Tensor:
-    """Standard normal rows ``[num, P]`` as ``A`` takes them; drawn where the generator is."""
+    """Standard normal rows ``[num, P]`` as ``A`` takes them, as :func:`draw_signs`."""
     device = A.device if generator is None else generator.device
-    return torch.randn(num, A.shape[0], dtype=A.dtype, device=device, generator=generator).to(A.device)
+    return agree(A, torch.randn(num, A.shape[0], dtype=A.dtype, device=device, generator=generator).to(A.device))
 
 
 def probe_blocks(num: int, size: int, itemsize: int, block_size: int | None) -> Iterator[int]:

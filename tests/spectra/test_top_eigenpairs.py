@@ -175,6 +175,19 @@ def test_warm_start(dtype: torch.dtype) -> None:
     assert same.num_products <= warm.num_products < again.num_products
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top", [105.0, 150.0])
+@pytest.mark.parametrize("k, which", [(1, "LA"), (5, "LA"), (1, "BE"), (1, "SA"), (2, "LM")])
+def test_an_eigenvalue_that_overtakes_is_seen(k: int, which: str, top: float, dtype: torch.dtype) -> None:
+    """The old vectors are eigenvectors still, so that they alone would pass every test of residuals."""
+    values, sign = hessian_like(300), -1 if which == "SA" else 1
+    before = top_eigenpairs(operator(sign * symmetric(values), dtype), k, which=which, generator=generator())  # type: ignore[arg-type]
+    values[k] = top
+    matrix = sign * symmetric(values)
+    after = top_eigenpairs(operator(matrix, dtype), k, which=which, start=before, generator=generator())  # type: ignore[arg-type]
+    assert_right(after, matrix, sign * values.sort(descending=True)[0][:k], 1e-3)
+
+
 def test_start_may_be_anything_finite() -> None:
     values = hessian_like(60)
     matrix = symmetric(values)
