@@ -8,6 +8,7 @@ PyTorch lets cuDNN's convolutions round float32 to TF32 (10 bits of mantissa) un
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -60,7 +61,11 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
     NaN or an infinity in ``got`` alone gives infinity; where the expected value is not finite either, any will do.
     """
-    got, expected = got.detach().double().reshape(-1), expected.detach().double().reshape(-1)
+    got, expected = got.detach().reshape(-1), expected.detach().double().reshape(-1)
+    error, size = (expected - got).norm().item(), expected.norm().item()
+    if math.isfinite(error) and math.isfinite(size):  # the rule: three passes, not ten
+        return error / size if size > 0.0 else 0.0 if error == 0.0 else float("inf")
+    got = got.double()
     finite = expected.isfinite()
     if not bool(got[finite].isfinite().all()):
         return float("inf")
