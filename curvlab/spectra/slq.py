@@ -37,9 +37,11 @@ class TraceFunction:
     Attributes:
         value: the estimate.
         standard_error: over probes; NaN with a single one.
-        interval: 95 % interval by Student's t over probes.
+        interval: 95 % interval by Student's t over probes, widened by the quadrature's error where that is known.
         samples: float64 ``[num_probes]``.
         num_products: products A v spent.
+        quadrature_error: how far ``value`` can be from what infinitely many steps would give with these probes; NaN
+            where no bound is known (:meth:`SpectralDensity.trace_of` a function of which nothing is known).
     """
 
     value: float
@@ -47,6 +49,7 @@ class TraceFunction:
     interval: tuple[float, float]
     samples: Tensor
     num_products: int
+    quadrature_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -120,15 +123,40 @@ class SpectralDensity:
         Raises:
             ValueError: f is not finite at a node.
         """
-        values = function(self.nodes)
-        terms = torch.where(self.weights > 0, self.weights * values, 0.0)
+        samples = self._samples(function)
+        mean, error, half = _student(samples)
+        return TraceFunction(mean, error, (mean - half, mean + half), samples, self.num_products)
+
+    def bracket(self, function: Callable[[Tensor], Tensor], lower: float = 0.0) -> TraceFunction:
+        """The same between bounds, for f with negative even and positive odd derivatives (log is one) on A >= lower.
+
+        For those the Gauss rule is never below the integral, and the Gauss-Radau rule with a node at ``lower`` never
+        above (Golub and Meurant 1994): value and samples are the middle, the interval is that of both ends.
+
+        Raises:
+            ValueError: f is not finite at a node.
+        """
+        above = self._samples(function)
+        rules = [
+            (nodes, weights) if len(nodes) == self.size or not weights[-1] > 0 else _radau(nodes, weights, lower)
+            for nodes, weights in zip(self.nodes, self.weights, strict=True)  # runs that ended early are exact
+        ]
+        radau = SpectralDensity(
+            torch.stack([nodes for nodes, _ in rules]), torch.stack([w for _, w in rules]), self.size, self.num_products
+        )
+        below = torch.minimum(radau._samples(function), above)
+        samples = (below + above) / 2
+        (mean, error, _), (low, _, half_low), (high, _, half_high) = map(_student, (samples, below, above))
+        interval = (low - half_low, high + half_high)
+        return TraceFunction(mean, error, interval, samples, self.num_products, (high - low) / 2)
+
+    def _samples(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """P sum_j w_ij f(theta_ij), float64 ``[num_probes]``."""
+        terms = torch.where(self.weights > 0, self.weights * function(self.nodes), 0.0)
         samples = self.size * terms.sum(1)
         if not samples.isfinite().all():
             raise ValueError("SpectralDensity.trace_of: function must be finite at every node, got an infinity or NaN")
-        n, mean = self.num_probes, float(samples.mean())
-        error = float(samples.std()) / math.sqrt(n) if n > 1 else math.nan
-        half = vec.student_quantile(n - 1) * error if n > 1 else math.nan
-        return TraceFunction(mean, error, (mean - half, mean + half), samples, self.num_products)
+        return samples
 
     def plot(self, axes: Any = None, **options: Any) -> Any:
         """Draw it: :func:`curvlab.spectra.plots.plot_density`."""
@@ -152,6 +180,43 @@ def _grid(owner: str, grid: Grid) -> Tensor:
     if points.ndim != 1 or not points.isfinite().all():
         raise ValueError(f"SpectralDensity.{owner}: grid must be one-dimensional and finite, got {list(points.shape)}")
     return points.cpu()
+
+
+def _student(samples: Tensor) -> tuple[float, float, float]:
+    """Mean, its standard error, and half of its 95 % interval; the last two NaN for a single sample."""
+    n, mean = len(samples), float(samples.mean())
+    error = float(samples.std()) / math.sqrt(n) if n > 1 else math.nan
+    return mean, error, vec.student_quantile(n - 1) * error if n > 1 else math.nan
+
+
+def _radau(nodes: Tensor, weights: Tensor, lower: float) -> tuple[Tensor, Tensor]:
+    """The Gauss-Radau rule of as many nodes, one of them at ``lower`` (or at the lowest node, where that is below).
+
+    T comes back from the Gauss rule by Lanczos on diag(nodes) from sqrt(weights); with T' = T without its last row and
+    column and beta the coupling between, its last entry becomes lower + beta^2 [(T' - lower)^-1]_last,last (Golub
+    1973).
+    """
+    theta, start = nodes.numpy(), weights.sqrt().numpy()
+    n = len(theta)
+    if n == 1:
+        return nodes.clamp(max=lower), weights
+    rows = np.zeros((n, n))
+    rows[0] = start / np.linalg.norm(start)
+    for j in range(1, n):
+        new = theta * rows[j - 1]
+        for _ in range(2):
+            new -= rows[:j].T @ (rows[:j] @ new)
+        length = np.linalg.norm(new)
+        if length <= 1e-14 * np.abs(theta).max():
+            return nodes, weights
+        rows[j] = new / length
+    T = (rows * theta) @ rows.T
+    end, unit = min(lower, float(theta.min())), np.eye(n - 1)[-1]
+    inner, beta = T[:-1, :-1] - end * np.eye(n - 1), T[-1, -2]
+    T[-1, -1] = end + beta**2 * np.linalg.lstsq(inner, unit, rcond=None)[0][-1]
+    T[-1, :-2] = T[:-2, -1] = 0
+    values, columns = np.linalg.eigh((T + T.T) / 2)
+    return torch.from_numpy(values), torch.from_numpy(columns[0] ** 2)
 
 
 @torch.no_grad()
@@ -249,6 +314,9 @@ def log_determinant(
 ) -> TraceFunction:
     """Log-determinant of a PSD operator, log det(A + shift 1) = tr log(A + shift), in nats, by quadrature.
 
+    Bracketed (:meth:`SpectralDensity.bracket`): where num_steps are too few for a small shift, the interval and
+    ``quadrature_error`` say so.
+
     Args:
         A: symmetric positive semidefinite operator, such as a GGN. Nodes below 0 by rounding count as 0.
         shift: > 0.
@@ -262,7 +330,7 @@ def log_determinant(
         ValueError: shift not above 0; A has an eigenvalue clearly below 0.
     """
     density = _psd_density("log_determinant", A, shift, num_probes, num_steps, generator, progress)
-    return density.trace_of(lambda nodes: torch.log(nodes.clamp(min=0) + shift))
+    return density.bracket(lambda nodes: torch.log(nodes.clamp(min=0) + shift))
 
 
 def effective_dimension(
@@ -279,7 +347,7 @@ def effective_dimension(
     Arguments and errors as for :func:`log_determinant`. Source: MacKay 1992.
     """
     density = _psd_density("effective_dimension", A, shift, num_probes, num_steps, generator, progress)
-    return density.trace_of(lambda nodes: nodes.clamp(min=0) / (nodes.clamp(min=0) + shift))
+    return density.bracket(lambda nodes: nodes.clamp(min=0) / (nodes.clamp(min=0) + shift))
 
 
 def _psd_density(

@@ -9,7 +9,7 @@ import torch
 
 from curvlab.operators.base import DenseOperator
 from curvlab.spectra import effective_dimension, log_determinant, slq_density, vectors
-from tests.spectra.known import DTYPES, generator, hessian_like, operator, symmetric
+from tests.spectra.known import DTYPES, generator, hessian_like, operator, rotation, symmetric
 
 VALUES = hessian_like(150, top=10.0)
 MATRIX = symmetric(VALUES)
@@ -102,6 +102,25 @@ def test_log_determinant_and_effective_dimension(dtype: torch.dtype) -> None:
             assert stated == pytest.approx(spreads[-1], rel=0.6)
             assert found[0].num_products == probes * 10 and len(found[0].samples) == probes
         assert 1.0 < spreads[0] / spreads[1] < 3.6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [log_determinant, effective_dimension])
+@pytest.mark.parametrize("shift, steps", [(1e-4, 8), (1e-4, 20), (1e-2, 60)])
+def test_too_few_steps_are_stated(function: Any, shift: float, steps: int, dtype: torch.dtype) -> None:
+    """Eigenvalues over nine decades: what the probes' spread does not show, the bracket does."""
+    values = 0.9 ** torch.arange(200, dtype=torch.float64)
+    matrix = symmetric(values)
+    found = function(operator(matrix, dtype), shift, num_probes=6, num_steps=steps, generator=generator())
+    exact = torch.log(values + shift) if function is log_determinant else values / (values + shift)
+    assert found.interval[0] <= float(exact.sum()) <= found.interval[1]
+    # With the same probes, exactly:
+    signs = vectors.random_signs(1, 200, dtype=dtype, device=torch.device("cpu"), generator=(g := generator()))
+    rows = [signs, *[vectors.random_signs(1, 200, dtype=dtype, device=signs.device, generator=g) for _ in range(5)]]
+    weights = (torch.cat(rows).double() @ rotation(200)).square()
+    assert abs(found.value - float((weights @ exact).mean())) <= found.quadrature_error + 1e-3
+    assert found.quadrature_error > 3 * found.standard_error if steps == 8 else True
+    assert found.quadrature_error < 1e-3 if steps == 60 else found.quadrature_error > 0.1
 
 
 def test_single_probe_has_no_error() -> None:
