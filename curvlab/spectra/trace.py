@@ -104,7 +104,7 @@ def hutchpp_trace(
 
     Args:
         A: square operator ``[P, P]``.
-        num_products: products to spend, >= 6; where P is smaller than a third of it, the trace is exact.
+        num_products: products to spend, >= 6; where P is a third of it or less, P products give the exact trace.
         block_size: vectors multiplied at once, see :func:`hutchinson_trace`. Memory: num_products / 3 vectors more.
         generator: of the random signs.
         progress: show a bar.
@@ -121,7 +121,9 @@ def hutchpp_trace(
     space = KrylovSpace(third, size, dtype=A.dtype, device=A.device)
     spent = 0
     with vec.progress_bar(progress, "trace", num_products) as show:
-        for count in vec.probe_blocks(third, size, A.dtype.itemsize, block_size):
+        if third == size:  # no room for a square matrix of signs that is singular, as half of those of 2 x 2 are
+            space.add(torch.eye(size, dtype=A.dtype, device=A.device))
+        for count in () if third == size else vec.probe_blocks(third, size, A.dtype.itemsize, block_size):
             space.add(A.apply_rows(vec.draw_signs(A, count, generator)))
             spent += count
             show(spent, "")

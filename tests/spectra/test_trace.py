@@ -127,6 +127,16 @@ def test_xtrace_is_leave_one_out(symmetric_: bool) -> None:
     assert found.value == pytest.approx(float(found.samples.mean())) and found.standard_error == pytest.approx(error)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_hutchpp_with_room_for_all_is_exact(size: int) -> None:
+    """Square matrices of random signs are singular half of the time at 2 x 2: no basis to rely on."""
+    A = operator(symmetric(torch.arange(size).double() - 0.5))
+    for seed in range(8):
+        found = hutchpp_trace(A, 3 * size + 6, generator=generator(seed))
+        assert found.value == pytest.approx(float(A.matrix.trace()), abs=1e-12) and found.standard_error == 0.0
+        assert found.num_products == size
+
+
 @pytest.mark.parametrize("size", [4, 5, 8])
 def test_tiny_matrices(size: int) -> None:
     matrix = symmetric(torch.arange(size).double() - 1)
