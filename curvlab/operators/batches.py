@@ -87,9 +87,9 @@ def _quietly_iterated(source: Iterable[Any]) -> Iterator[Any]:
 
     It draws a seed for its workers at every pass, so looking at curvature would change a training run's shuffles.
     """
-    ordered = isinstance(source, DataLoader) and isinstance(source.sampler, SequentialSampler)
-    ordered = ordered and type(source.batch_sampler) in (BatchSampler, type(None))
-    if not ordered or source.generator is not None or source.num_workers:
+    if not isinstance(source, DataLoader) or source.generator is not None or source.num_workers:
+        return iter(source)
+    if type(source.sampler) is not SequentialSampler or type(source.batch_sampler) not in (BatchSampler, type(None)):
         return iter(source)
     with torch.random.fork_rng(devices=[]):
         return iter(source)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvlab.operators.engines.protocol import Engine
 from curvlab.operators.problem import Problem
 from curvlab.operators.problem_operator import ProblemOperator
 
@@ -52,10 +53,10 @@ class GradientCovarianceOperator(ProblemOperator):
                 "sample has no gradient of its own), got 'batch'"
             )
         super().__init__(
-            problem, engine=engine, precision=precision, memory_budget=memory_budget, product="ggn", is_psd=True
+            problem, engine=engine, precision=precision, memory_budget=memory_budget, product="empirical", is_psd=True
         )
         self.centered = centered
-        self._mean: Tensor | None = None
+        self._mean: tuple[Engine, Tensor] | None = None
 
     def _forget(self) -> None:
         super()._forget()
@@ -64,9 +65,9 @@ class GradientCovarianceOperator(ProblemOperator):
     @property
     def mean(self) -> Tensor:
         """The mean g ``[P]``, of all processes; a collective call on first use where there is a process group."""
-        if self._mean is None:
-            self._mean = self._reduced(self.engine.gradient())
-        return self._mean
+        if self._mean is None or self._mean[0] is not self.engine:  # another precision has another mean
+            self._mean = self.engine, self._reduced(self.engine.gradient())
+        return self._mean[1]
 
     def _apply(self, rows: Tensor) -> Tensor:
         moment = self._reduced(self.engine.ggn(rows, "empirical"))

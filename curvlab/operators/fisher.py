@@ -37,7 +37,7 @@ class FisherOperator(ProblemOperator):
         problem: model, loss, parameters, data.
         kind: ``"exact"`` or ``"monte_carlo"``. The draws are made once: all products are of one matrix.
         num_samples: S, draws a sample (a position) for ``"monte_carlo"``.
-        generator: source of the draws; None: one fixed stream.
+        generator: source of the draws; None: one fixed stream. Processes of a group draw apart from each other.
         engine: as of ``HessianOperator``.
         precision: as of ``HessianOperator``.
         memory_budget: as of ``HessianOperator``.
@@ -67,7 +67,11 @@ class FisherOperator(ProblemOperator):
                 "FisherOperator: problem must have cross entropy or squared error as its loss (a callable has no known "
                 "distribution of targets), got a callable; EmpiricalFisherOperator takes any loss"
             )
-        self.kind, self._seed = kind, draw_seed(generator)
+        self.kind, seed = kind, draw_seed(generator)
+        if problem.process_group is not None:
+            # Generators alike in all processes must not give their batches the same draws: errors would not average.
+            rank = torch.distributed.get_rank(problem.process_group)
+            seed = (seed + rank * 0x632BE59BD9B4E019) % 2**62
         super().__init__(
             problem,
             engine=engine,
@@ -76,17 +80,11 @@ class FisherOperator(ProblemOperator):
             product="ggn",
             is_psd=True,
             num_samples=num_samples,
-            generator=torch.Generator().manual_seed(self._seed),
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def _product(self, rows: Tensor) -> Tensor:
         return self.engine.ggn(rows, "loss" if self.kind == "exact" else "monte_carlo")
-
-    @property
-    def precision_error(self) -> float:
-        """As of ``HessianOperator``, for one and the same draws."""
-        self._options["generator"] = torch.Generator().manual_seed(self._seed)
-        return super().precision_error
 
 
 class EmpiricalFisherOperator(ProblemOperator):
@@ -105,7 +103,7 @@ class EmpiricalFisherOperator(ProblemOperator):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__(
-            problem, engine=engine, precision=precision, memory_budget=memory_budget, product="ggn", is_psd=True
+            problem, engine=engine, precision=precision, memory_budget=memory_budget, product="empirical", is_psd=True
         )
 
     def _product(self, rows: Tensor) -> Tensor:

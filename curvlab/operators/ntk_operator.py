@@ -9,11 +9,16 @@ which is the fast way to the dense kernel; products need neither its M^2 memory 
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+
+import torch
+from torch import Tensor, nn
 
 from curvlab.operators.base import LinearOperator
 from curvlab.operators.jacobian import JacobianOperator
+from curvlab.operators.precision import relative_error
 from curvlab.operators.problem import Problem
+from curvlab.operators.problem_operator import engine_like
 
 __all__ = ["NTKOperator"]
 
@@ -44,8 +49,36 @@ class NTKOperator(LinearOperator):
     ) -> None:
         self.jacobian = JacobianOperator(problem, engine=engine, precision=precision, memory_budget=memory_budget)
         self.problem, self.engine, self.report = problem, self.jacobian.engine, self.jacobian.report
+        self._precision, self._precision_error = precision, None
         size = self.jacobian.shape[0]
         super().__init__((size, size), problem.dtype, problem.device, is_psd=True)
+
+    def at(self, model: nn.Module) -> NTKOperator:
+        """The kernel at the present values of ``model``; as of ``HessianOperator``."""
+        moved = copy.copy(self)
+        moved.jacobian = self.jacobian.at(model)
+        moved.problem, moved.engine = moved.jacobian.problem, moved.jacobian.engine
+        moved.num_products, moved._precision_error = 0, None
+        return moved
+
+    @property
+    def precision_error(self) -> float:
+        """``||K_p u - K u|| / ||K u||`` for one Gaussian u, K in float32; 0 if no precision was asked for.
+
+        Costs one product in float32 on first use; a collective call where there is a process group.
+        """
+        if self._precision is None:
+            return 0.0
+        if self._precision_error is None:
+            generator = torch.Generator(self.device).manual_seed(0)
+            row = torch.randn(1, self.shape[1], dtype=self.dtype, device=self.device, generator=generator)
+            low, engine = self._apply(row), self.jacobian.engine
+            self.jacobian.engine = engine_like(self.jacobian, self.problem, None)
+            try:
+                self._precision_error = relative_error(low, self._apply(row))
+            finally:
+                self.jacobian.engine = engine
+        return self._precision_error
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self.jacobian.apply_rows(self.jacobian.apply_rows_transposed(rows))

@@ -17,7 +17,7 @@ from curvlab.operators.modes import check_records, own_dtypes, watch_attention
 from curvlab.operators.precision import relative_error
 from curvlab.operators.problem import Problem
 
-__all__ = ["ProblemOperator", "check_deterministic"]
+__all__ = ["ProblemOperator", "check_deterministic", "engine_like"]
 
 _CHECK_SAMPLES = 4
 
@@ -93,10 +93,11 @@ class ProblemOperator(LinearOperator):
         Raises:
             ValueError: a model whose parameters or buffers are not the problem's.
         """
+        check_records(type(self).__name__)
         moved = copy.copy(self)
         moved.problem = self.problem.at(model)
         with own_dtypes(self.device):
-            moved.engine = _like(self, moved.problem, self._precision)
+            moved.engine = engine_like(self, moved.problem, self._precision)
         moved.num_products = 0
         moved._forget()
         return moved
@@ -134,7 +135,7 @@ class ProblemOperator(LinearOperator):
         if self._precision_error is None:
             generator = torch.Generator(self.device).manual_seed(0)
             row = torch.randn(1, self.shape[1], dtype=self.dtype, device=self.device, generator=generator)
-            low, full = self._apply(row), _like(self, self.problem, None)
+            low, full = self._apply(row), engine_like(self, self.problem, None)
             engine, self.engine = self.engine, full
             try:
                 self._precision_error = relative_error(low, self._apply(row))
@@ -143,7 +144,7 @@ class ProblemOperator(LinearOperator):
         return self._precision_error
 
 
-def _like(operator: ProblemOperator, problem: Problem, precision: str | None) -> Engine:
+def engine_like(operator: ProblemOperator, problem: Problem, precision: str | None) -> Engine:
     """The operator's kind of engine, with the same draws."""
     build: Any = type(operator.engine)
     options = dict(operator._options)

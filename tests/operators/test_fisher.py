@@ -127,6 +127,27 @@ def test_precision_error_compares_one_draw() -> None:
     assert 1e-5 < fisher.precision_error < 3e-2
 
 
+def test_processes_with_generators_alike_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    problem = CASES["act_tanh"]().problem(process_group=object())
+    dense = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        dense.append(FisherOperator(problem, kind="monte_carlo", engine="autograd").to_dense())
+    assert torch.equal(dense[0], dense[2])
+    assert (dense[0] - dense[1]).norm() > 0.05 * dense[0].norm()
+
+
+def test_precision_error_of_the_covariance_is_that_of_its_mean_too() -> None:
+    problem = CASES["act_tanh"]().problem(torch.float32)
+    low = GradientCovarianceOperator(problem, engine="autograd", precision="bf16")
+    stated = low.precision_error
+    row = torch.randn(1, problem.num_params, generator=torch.Generator().manual_seed(0))
+    full = GradientCovarianceOperator(problem, engine="autograd").apply_rows(row)
+    true = ((low.apply_rows(row) - full).norm() / full.norm()).item()
+    assert stated == pytest.approx(true, rel=1e-3)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "weighted"])

@@ -131,6 +131,21 @@ def test_maps_of_one_kind_make_room_for_another() -> None:
         assert sum(s.kept_bytes for s in engine._schedules.values()) <= budget
 
 
+def test_a_map_that_found_room_later_keeps_its_place() -> None:
+    """Batches of unequal size: the large one in the middle is not kept until another map made room."""
+    x, y = normal(13, 4), labels(13, classes=2)
+    model = nn.Linear(4, 2).double()
+    problem = Problem(model, nn.CrossEntropyLoss(), [(x[:2], y[:2]), (x[2:11], y[2:11]), (x[11:], y[11:])])
+    rows = rows_of(problem)
+    engine = LinearizedEngine(problem)
+    expected = engine.jacobian(rows)
+    schedule = engine._schedules["jacobian"]
+    middle = schedule._kept.pop(1)
+    schedule._kept[1] = middle
+    assert list(schedule._kept) == [0, 2, 1]
+    assert_close(engine.jacobian(rows), expected)
+
+
 def test_nothing_outside_can_break_or_move_a_kept_map() -> None:
     """Training steps, statistics that move, data overwritten in place: the products are those of the snapshot."""
     case = CASES["bn2d_eval"]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from curvlab.models import CNN, MLP
 from curvlab.operators.jacobian import JacobianOperator
@@ -71,3 +71,48 @@ def test_wrong_sizes_are_named(engine: str) -> None:
         operator.engine.jacobian_transposed(normal(1, operator.shape[0] + 1))
     with pytest.raises(ValueError, match=r"jacobian_transposed: outputs must be \[K, M\]"):
         operator.engine.jacobian_transposed(normal(1, operator.shape[0] - 1))
+
+
+@pytest.mark.parametrize("engine", ["fused", "linearized", "autograd"])
+def test_lower_precision_keeps_the_dtype_and_states_its_error(engine: str) -> None:
+    problem = CASES["act_tanh"]().problem(torch.float32)
+    jacobian = JacobianOperator(problem, engine=engine, precision="bf16")
+    assert (jacobian @ torch.ones(jacobian.shape[1])).dtype == torch.float32
+    assert (jacobian.T @ torch.ones(jacobian.shape[0])).dtype == torch.float32
+    kernel = NTKOperator(problem, engine=engine, precision="bf16")
+    used = kernel.engine
+    assert 1e-4 < kernel.precision_error < 3e-2
+    assert kernel.jacobian.engine is used
+    assert NTKOperator(problem, engine=engine).precision_error == 0.0
+
+
+def test_the_kernel_moves_along_with_training() -> None:
+    case = CASES["act_tanh"]()
+    problem = case.problem()
+    kernel = NTKOperator(problem)
+    before = kernel.to_dense()
+    with torch.no_grad():
+        for param in case.model.parameters():
+            param.mul_(1.5)
+    moved = kernel.at(case.model)
+    assert torch.equal(kernel.to_dense(), before)
+    later = NTKOperator(Problem(case.model, case.loss, case.batches)).to_dense()
+    assert torch.allclose(moved.to_dense(), later, rtol=1e-12, atol=1e-14)
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "linearized", "autograd"])
+def test_parameters_that_no_output_sees_have_zero_columns(engine: str) -> None:
+    data = (normal(5, 3), labels(5, classes=2))
+    jacobian = JacobianOperator(Problem(Unused().double(), nn.CrossEntropyLoss(), data, params="unused"), engine=engine)
+    assert torch.equal(jacobian.to_dense(), torch.zeros(10, 2, dtype=torch.float64))
+    assert torch.equal(jacobian.T.to_dense(), torch.zeros(2, 10, dtype=torch.float64))

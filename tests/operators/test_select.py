@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from curvlab.operators.covariance import GradientCovarianceOperator
 from curvlab.operators.engines import select
 from curvlab.operators.engines.autograd import AutogradEngine
 from curvlab.operators.engines.protocol import UnsupportedModel, batch_generator, draw_seed
 from curvlab.operators.engines.select import ENGINES, make_engine
+from curvlab.operators.fisher import EmpiricalFisherOperator, FisherOperator
 from curvlab.operators.hessian import HessianOperator
 from curvlab.operators.precision import math_mode
 from curvlab.operators.problem import Problem
@@ -155,7 +158,8 @@ def test_seeds_and_streams():
 
 
 def test_tf32_is_off_and_put_back_whichever_way_a_caller_set_it():
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    cudnn: Any = torch.backends.cudnn
+    matmul, conv = torch.backends.cuda.matmul, cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
     try:
         matmul.fp32_precision = "tf32"  # from here on PyTorch raises where matmul.allow_tf32 is read
@@ -165,3 +169,72 @@ def test_tf32_is_off_and_put_back_whichever_way_a_caller_set_it():
             assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", before[1])
     finally:
         matmul.fp32_precision, conv.fp32_precision = before
+
+
+def test_a_hessian_of_nothing_but_rounding_is_no_wrong_product(monkeypatch):
+    norm = CASES["bn1d_batch"]()
+    before = next(name for name, value in norm.model.named_parameters() if value.ndim == 2).replace("weight", "bias")
+    x, y = normal(14, 3), labels(14, classes=3)
+    for dtype in (torch.float32, torch.float64):
+        problem = Problem(norm.model, norm.loss, (x, y), params=before, batch_norm="batch").to(dtype)
+        for engine in ENGINES:
+            assert make_engine(problem, engine)[1].check_error in (0.0, pytest.approx(float("nan"), nan_ok=True))
+
+    class Off(AutogradEngine):
+        def hessian(self, rows: Tensor) -> Tensor:
+            return super().hessian(rows) + 1e-4
+
+    only(monkeypatch, first=Off)
+    with pytest.raises(RuntimeError, match="must be within"):
+        make_engine(problem.to(torch.float32))
+
+
+class OneDtype(torch.nn.Module):
+    """Multiplies by a tensor that is no buffer: it runs in float32 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.nn.Linear(3, 2)
+        self.mixing = normal(3, 3).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x @ self.mixing).sin()
+
+
+@pytest.mark.parametrize("engine", ["autograd", "linearized"])
+def test_a_model_of_one_dtype_is_judged_in_it_and_the_report_says_so(engine):
+    data = (normal(5, 3).float(), labels(5, classes=2))
+    report = make_engine(Problem(OneDtype(), torch.nn.CrossEntropyLoss(), data), engine)[1]
+    assert report.judge == "float32 autograd" and "does not run in float64" in report.notes[0]
+    if engine == "linearized":
+        assert 0.0 <= report.check_error < 1e-5 and "off float32 autograd on 2 samples" in str(report)
+
+
+def test_empirical_products_are_checked_as_such(monkeypatch):
+    class Off(AutogradEngine):
+        def ggn(self, rows: Tensor, kind: str = "loss") -> Tensor:
+            return super().ggn(rows, kind) * (1.1 if kind == "empirical" else 1.0)
+
+    only(monkeypatch, first=Off)
+    problem = CASES["act_tanh"]().problem(torch.float32)
+    for operator in (EmpiricalFisherOperator, GradientCovarianceOperator):
+        with pytest.raises(RuntimeError, match="empirical product of engine 'first'"):
+            operator(problem)
+
+
+def test_an_engine_that_declines_leaves_the_draws_alone(monkeypatch):
+    class Late(AutogradEngine):
+        def __init__(self, problem: Problem, **options: object) -> None:
+            super().__init__(problem, **options)  # type: ignore[arg-type]
+            raise UnsupportedModel("seen too late")
+
+    problem = CASES["act_tanh"]().problem()
+    expected = FisherOperator(problem, kind="monte_carlo", engine="autograd").to_dense()
+    only(monkeypatch, first=Late, second=AutogradEngine)
+    assert torch.equal(FisherOperator(problem, kind="monte_carlo").to_dense(), expected)
+
+
+def test_the_report_reads_in_one_line_and_names_the_route():
+    report = HessianOperator(CASES["act_tanh"]().problem(), engine="linearized").report
+    assert report.notes == ("hessian: forward over reverse, recorded",)
+    assert repr(report).startswith("<engine linearized; ") and repr(report).endswith("reverse, recorded>")

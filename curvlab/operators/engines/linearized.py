@@ -123,10 +123,10 @@ class LinearizedEngine:
         """J v for each row v: ``[K, P]`` to ``[K, M]``."""
         with torch.no_grad(), math_mode(self.precision, self.problem.device):
             columns = [
-                torch.stack([_first(product.apply(*v)).reshape(-1) for v in directions(rows, self._tensors)])
+                torch.stack([self._outputs(product, v) for v in directions(rows, self._tensors)])
                 for product in self._products("jacobian")
             ]
-        return torch.cat(columns, 1)
+        return torch.cat(columns, 1).to(rows.dtype)
 
     def jacobian_transposed(self, outputs: Tensor) -> Tensor:
         """J^T u for each row u: ``[K, M]`` to ``[K, P]``.
@@ -150,6 +150,13 @@ class LinearizedEngine:
         return result
 
     # How
+
+    def _outputs(self, product: Product, v: list[Tensor]) -> Tensor:
+        """J v of one piece, flat; zeros where no chosen parameter reaches the outputs."""
+        (result,) = product.apply(*v)
+        if result is None:
+            return torch.zeros(product.outputs, dtype=self.problem.dtype, device=self.problem.device)
+        return result.reshape(-1)
 
     def _square(self, kind: str, rows: Tensor) -> Tensor:
         result = torch.empty_like(rows)
@@ -209,9 +216,3 @@ def _write(result: Tensor, parts: Sequence[Tensor | None], like: Sequence[Tensor
             shaped.copy_(part)
         else:
             shaped.add_(part)
-
-
-def _first(results: Sequence[Tensor | None]) -> Tensor:
-    (result,) = results
-    assert result is not None  # a Jacobian product of nothing comes as zeros
-    return result

@@ -43,12 +43,16 @@ class Route:
 
 @dataclass
 class Product:
-    """The map of one piece; ``shape`` is that of its first argument, ``kept`` and ``peak`` are bytes."""
+    """The map of one piece; ``shape`` is that of its first argument, ``kept`` and ``peak`` are bytes.
+
+    ``outputs`` is the size of a first result that does not depend on the argument, which comes as None.
+    """
 
     apply: LinearMap
     shape: torch.Size
     kept: int
     peak: int
+    outputs: int = 0
     _block: LinearMap | None = field(default=None, repr=False)
     _tried: bool = field(default=False, repr=False)
 
@@ -159,7 +163,8 @@ class Schedule:
     def products(self, room: int) -> Iterator[Product]:
         """The map of each piece in turn; those that do not fit into ``room`` bytes beside the others are not kept."""
         if self._complete:
-            yield from self._kept.values()
+            # By number: a piece that found room later than its successors was put in behind them.
+            yield from (self._kept[number] for number in range(len(self._kept)))
             return
         count = 0
         for piece in pieces(self.problem, self._part_size):
@@ -189,9 +194,10 @@ class Schedule:
         apply, arguments = self._derivatives(route.channels_last).build(route.kind, piece)
         if not route.recorded:
             return Product(apply, arguments[0].shape, self._memory.kept(len(piece)), self._memory.peak(len(piece)))
-        program, _ = record(apply, arguments, rounded=self._rounded)
+        program, results = record(apply, arguments, rounded=self._rounded)
         kept = program.bytes_besides(self._owned)
-        return Product(program, arguments[0].shape, kept, kept + program.recording_bytes)
+        outputs = 0 if results[0] is None else results[0].numel()
+        return Product(program, arguments[0].shape, kept, kept + program.recording_bytes, outputs)
 
     def _parts(self, first: int) -> int | None:
         """Largest number of samples of a piece; None: batches must stay whole."""
