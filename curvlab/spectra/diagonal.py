@@ -37,6 +37,13 @@ class DiagonalEstimate:
     num_products: int
     converged: bool
 
+    def __repr__(self) -> str:
+        state = "" if self.converged else ", tolerance NOT reached"
+        return (
+            f"diagonal of {len(self.value)} entries, relative error {self.relative_error:.2g}, "
+            f"{self.num_products} products{state}"
+        )
+
 
 @torch.no_grad()
 def diagonal(

@@ -36,6 +36,9 @@ class PowerIteration:
     history: Tensor
     num_products: int
 
+    def __repr__(self) -> str:
+        return f"Rayleigh quotient {self.value:.6g} after {self.num_products} products, residual {self.residual:.1e}"
+
 
 @torch.no_grad()
 def power_iteration(

@@ -51,6 +51,13 @@ class TraceFunction:
     num_products: int
     quadrature_error: float = math.nan
 
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return (
+            f"tr f(A) = {self.value:.6g}, standard error {self.standard_error:.2g}, 95 % interval [{low:.6g}, "
+            f"{high:.6g}], n = {len(self.samples)}, {self.num_products} products"
+        )
+
 
 @dataclass(frozen=True)
 class SpectralDensity:
@@ -67,6 +74,13 @@ class SpectralDensity:
     weights: Tensor
     size: int
     num_products: int
+
+    def __repr__(self) -> str:
+        probes, steps = self.nodes.shape
+        return (
+            f"density of {self.size} eigenvalues, seen between {self.nodes.min():.6g} and {self.nodes.max():.6g}: "
+            f"{probes} probes of {steps} steps, {self.num_products} products"
+        )
 
     @property
     def num_probes(self) -> int:

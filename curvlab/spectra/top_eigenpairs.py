@@ -55,6 +55,13 @@ class Eigenpairs:
     converged: bool
     guard: Tensor | None = None
 
+    def __repr__(self) -> str:
+        state = "converged" if self.converged else "NOT converged"
+        lines = [f"{len(self)} eigenpairs, {self.num_products} products, {state}"]
+        for value, residual, bound in zip(self.values, self.residuals, self.error_bounds, strict=True):
+            lines.append(f"  {value:.6g}  (residual {residual:.1e}, an eigenvalue within {bound:.1e})")
+        return "\n".join(lines)
+
     def __len__(self) -> int:
         return len(self.values)
 

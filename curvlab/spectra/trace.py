@@ -47,6 +47,14 @@ class TraceEstimate:
     samples: Tensor
     converged: bool
 
+    def __repr__(self) -> str:
+        low, high = self.interval
+        state = "" if self.converged else ", tolerance NOT reached"
+        return (
+            f"trace {self.value:.6g}, standard error {self.standard_error:.2g}, 95 % interval [{low:.6g}, {high:.6g}], "
+            f"n = {len(self.samples)}, {self.num_products} products{state}"
+        )
+
 
 @torch.no_grad()
 def hutchinson_trace(
