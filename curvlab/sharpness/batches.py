@@ -51,9 +51,9 @@ class BatchSharpness:
 
     @property
     def ratio_of_means(self) -> float:
-        """E [g^T H g] / E [||g||^2]: batches with large gradients count more."""
+        """E [g^T H g] / E [||g||^2]: batches with large gradients count more, those with none nothing."""
         weights = self.squared_gradients / self.squared_gradients.sum()
-        return (self.curvatures * weights).sum().item()
+        return torch.where(weights == 0, 0.0, self.curvatures * weights).sum().item()
 
 
 def batch_sharpness(

@@ -21,6 +21,7 @@ L, G the generalized Gauss-Newton matrix, D a scale of ``directions``, lambda_1 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,8 +167,15 @@ class Gauge:
         return DiagonallyScaledOperator(self.hessian, weight_scale(self.problem.params, scale))
 
     def largest(self, operator: LinearOperator) -> Eigenpairs:
-        """The largest eigenpair of an operator."""
-        return top_eigenpairs(operator, 1, tol=self.tol, generator=self.generator())
+        """The largest eigenpair of an operator; a warning where it is not found to ``tol``, a lower bound then."""
+        found = top_eigenpairs(operator, 1, tol=self.tol, generator=self.generator())
+        if not found.converged:
+            warnings.warn(
+                f"Gauge: eigenvalue {found.values[0]:.4g} of {operator!r} is not found to {self.tol:g} of it, but to a "
+                f"residual of {found.residuals[0]:.2g} after {found.num_products} products",
+                stacklevel=2,
+            )
+        return found
 
     def trace(self, operator: LinearOperator) -> float:
         """By probes, or exactly where that costs no more."""

@@ -37,6 +37,7 @@ class Flatness:
         base_accuracy: accuracy at theta, or None.
         num_classes: C of the outputs, the accuracy by chance is 1/C.
         scale: the name of D.
+        paired: draws 2i and 2i + 1 are xi and -xi.
     """
 
     stds: Tensor
@@ -46,6 +47,15 @@ class Flatness:
     base_accuracy: float | None
     num_classes: int
     scale: str
+    paired: bool = False
+
+    def __repr__(self) -> str:
+        lines = [f"loss {self.base_loss:.6g}; mean of {self.losses.shape[1]} draws of {self.scale} noise:"]
+        for std, loss, error in zip(
+            self.stds.tolist(), self.losses.mean(1).tolist(), self.standard_error.tolist(), strict=True
+        ):
+            lines.append(f"  sigma {std:g}: {loss:.6g} (standard error {error:.1e})")
+        return "\n".join(lines)
 
     @property
     def increases(self) -> Tensor:
@@ -64,10 +74,15 @@ class Flatness:
 
     @property
     def standard_error(self) -> Tensor:
-        """Standard error of :attr:`increase` over the draws, float64 ``[S]``; NaN for one draw."""
-        if self.losses.shape[1] < 2:
+        """Standard error of :attr:`increase`, float64 ``[S]``: over the draws, or over the means of antithetic pairs.
+
+        The two of a pair are alike to second order in sigma: taken as independent, their error would come out
+        1 / sqrt(2) of what it is. NaN for a single draw or pair.
+        """
+        samples = self.losses.unflatten(1, (-1, 2)).mean(2) if self.paired else self.losses
+        if samples.shape[1] < 2:
             return torch.full_like(self.stds, math.nan)
-        return self.losses.std(1, correction=1) / math.sqrt(self.losses.shape[1])
+        return samples.std(1, correction=1) / math.sqrt(samples.shape[1])
 
     @property
     def half_accuracy_std(self) -> float:
@@ -107,8 +122,7 @@ def average_flatness(
         std: sigma, or several.
         num_draws: V.
         scale: D: ``"absolute"`` (1), ``"element"`` (|w|), ``"filter"``, ``"layer"`` (root mean square of the weights).
-        antithetic: draws come in pairs xi, -xi, which removes the gradient's part of the variance; V must be even. The
-            standard error is then taken over the pairs' means as if draws were independent: it is an upper bound.
+        antithetic: draws come in pairs xi, -xi, which removes the gradient's part of the variance; V must be even.
         draws: xi ``[V, P]`` in place of random ones (``num_draws`` and ``generator`` are not looked at).
         generator: source of the draws; the numbers do not depend on the memory budget.
         way: see :mod:`curvlab.sharpness.evaluation`.
@@ -156,6 +170,7 @@ def average_flatness(
         base.accuracies.item() if base.accuracies is not None else None,
         _num_classes(problem),
         scale,
+        antithetic and draws is None,
     )
 
 

@@ -96,6 +96,7 @@ def plot_track(
         axes.errorbar(places, values, yerr=bounds, color=color, marker="o", markersize=3, label=f"λ{i + 1}")
     if threshold is not None:
         axes.axhline(threshold, color="0.4", linestyle=":", linewidth=1.2)
+    axes.legend(frameon=False)
     axes.set_xlabel(x)
     axes.set_ylabel("eigenvalue")
     return axes

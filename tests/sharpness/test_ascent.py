@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curvlab.operators.problem import Problem
 from curvlab.sharpness.ascent import box_sharpness, sam_ascent, worst_case_sharpness
-from curvlab.sharpness.batches import batch_sharpness
+from curvlab.sharpness.batches import BatchSharpness, batch_sharpness
 from curvlab.sharpness.directions import weight_scale
 from curvlab.sharpness.evaluation import parameter_row
 from tests.sharpness.nets import F64, draw, images, network, plain_loss, problem, row_of
@@ -143,6 +143,8 @@ def test_batch_sharpness_is_the_mean_curvature_along_batch_gradients() -> None:
     assert found.value == pytest.approx(np.mean(curvatures), rel=1e-8)
     assert found.standard_error == pytest.approx(np.std(curvatures, ddof=1) / math.sqrt(5), rel=1e-7)
     assert found.ratio_of_means == pytest.approx(np.average(curvatures, weights=squares), rel=1e-8)
+    still = BatchSharpness(torch.tensor([math.nan, 3.0]), torch.tensor([0.0, 2.0]), 4)  # g = 0: g^T H g = 0 too
+    assert still.ratio_of_means == 3.0
 
 
 def test_a_batch_of_all_samples_is_the_full_loss() -> None:

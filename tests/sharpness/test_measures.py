@@ -175,3 +175,16 @@ def test_refusals() -> None:
         measure(problem(), ["flat"])
     with pytest.raises(TypeError, match=r"measure: options must be given to the gauge, got \['seed'\]"):
         measure(Gauge(problem()), ["sam"], seed=1)
+
+
+class _Noisy(DenseOperator):
+    """Gives other products every time."""
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return rows @ self.matrix + 0.1 * torch.randn(rows.shape, dtype=rows.dtype, generator=draw(self.num_products))
+
+
+def test_eigenvalues_that_are_not_found_are_no_silent_numbers() -> None:
+    noisy = _Noisy(torch.linspace(0.0, 1.0, 50, dtype=F64).diag(), is_symmetric=True)
+    with pytest.warns(UserWarning, match=r"Gauge: eigenvalue .* is not found to 0.001 of it, but to a residual of"):
+        Gauge(problem()).largest(noisy)

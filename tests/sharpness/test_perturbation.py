@@ -53,6 +53,18 @@ def test_a_quadratic_loss_rises_by_half_the_trace_times_the_variance() -> None:
     assert errors[0] / errors[1] == pytest.approx(8.0, rel=0.25)
 
 
+def test_the_error_of_antithetic_draws_is_that_of_pairs() -> None:
+    """A quadratic loss at its minimum rises alike both ways: 20 draws are 10, and the stated error the true one."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 2).double(), torch.randn(30, 5, dtype=F64)
+    here = Problem(model, nn.MSELoss(), (x, model(x).detach()))
+    found = [average_flatness(here, 0.3, num_draws=20, antithetic=True, generator=draw(seed)) for seed in range(60)]
+    spread = torch.stack([one.increase for one in found]).std()
+    stated = torch.stack([one.standard_error for one in found]).square().mean().sqrt()
+    assert stated.item() == pytest.approx(spread.item(), rel=0.2)
+    assert math.isnan(average_flatness(here, 0.3, num_draws=2, antithetic=True).standard_error.item())
+
+
 def test_antithetic_draws_remove_the_gradient() -> None:
     here = problem(steps=3)
     plain = average_flatness(here, 1e-4, num_draws=8, generator=draw())

@@ -128,6 +128,8 @@ def test_figures() -> None:
     drawn = [line for line in axes.get_lines() if np.size(line.get_xdata()) == 4]
     for i in range(2):
         assert np.asarray(drawn[i].get_ydata()).tolist() == [row["values"][i] for row in tracker.rows]
+    legend = axes.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["λ1", "λ2"]
     with pytest.raises(ValueError, match="plot_track: rows must hold at least one row with 'step', got 0 rows"):
         plot_track([])
 
