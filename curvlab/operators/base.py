@@ -8,6 +8,7 @@ parameters; ``A @ V`` takes the columns of mathematics, ``[P]`` or ``[P, K]``, o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,7 @@ class LinearOperator:
             vectors are flat only. A square matrix with other outputs sets ``output_layout`` to None.
     """
 
+    __array_ufunc__ = None  # NumPy's arrays and scalars leave * and @ to this class
     num_products = 0
     """Vectors multiplied so far (a block of K counts K), products with the transpose included."""
 
@@ -112,6 +114,10 @@ class LinearOperator:
             return self.apply_rows(other.unsqueeze(0))[0] if other.ndim == 1 else self.apply_rows(other.T).T
         if isinstance(other, (list, tuple)):
             return self._multiply_list(other)
+        if hasattr(other, "__array__"):
+            raise TypeError(
+                f"{type(self).__name__}: V must be a torch tensor, got {type(other).__name__}; to_scipy() takes arrays"
+            )
         return NotImplemented
 
     def _multiply_list(self, tensors: Sequence[Tensor]) -> list[Tensor] | Tensor:
@@ -145,13 +151,18 @@ class LinearOperator:
     def __neg__(self) -> LinearOperator:
         return (-1.0) * self
 
+    def __radd__(self, other: Any) -> LinearOperator:
+        """``sum([A, B])`` begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __mul__(self, factor: Any) -> LinearOperator:
-        return _algebra().ScaledOperator(self, float(factor)) if isinstance(factor, (int, float)) else NotImplemented
+        number = isinstance(factor, Real) or (isinstance(factor, Tensor) and factor.ndim == 0)
+        return _algebra().ScaledOperator(self, float(factor)) if number else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> LinearOperator:
-        return self * (1.0 / divisor) if isinstance(divisor, (int, float)) else NotImplemented
+        return self * (1.0 / divisor) if isinstance(divisor, Real) else NotImplemented
 
     def shift(self, c: float) -> LinearOperator:
         """``A + c I``."""

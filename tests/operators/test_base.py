@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,13 @@ TALL = normal(4, 6, seed=4)
 VALUES, ROWS = (lambda e: (e.eigenvalues[-2:], e.eigenvectors[:, -2:].T))(torch.linalg.eigh(SYMMETRIC))
 A, B, J = DenseOperator(SYMMETRIC), DenseOperator(PSD, is_psd=True), DenseOperator(TALL)
 
-COMPOSED: dict[str, tuple[LinearOperator, Tensor]] = {
+COMPOSED: dict[str, tuple[Any, Tensor]] = {
     "sum": (A + B, SYMMETRIC + PSD),
     "difference": (A - B, SYMMETRIC - PSD),
     "scaled": (2.5 * A, 2.5 * SYMMETRIC),
     "divided": (-A / 4, -SYMMETRIC / 4),
+    "scaled by others": (np.float32(2.0) * A * torch.tensor(0.5) * np.int64(3), 3.0 * SYMMETRIC),
+    "sum of a list": (sum([A, B, A]), 2.0 * SYMMETRIC + PSD),
     "shifted": (B.shift(0.7), PSD + 0.7 * torch.eye(6, dtype=F64)),
     "shifted twice": (A.shift(1.0).shift(-3.0), SYMMETRIC - 2.0 * torch.eye(6, dtype=F64)),
     "product": (A @ B, SYMMETRIC @ PSD),
@@ -182,9 +185,7 @@ def test_restriction_by_names_and_masks(hessian, matrix):
     for indices in ([50, 0, 7], np.array([50, 0, 7]), (i for i in (50, 0, 7))):
         part = hessian.restrict(indices)
         torch.testing.assert_close(part.to_dense(), matrix[[50, 0, 7]][:, [50, 0, 7]], rtol=1e-11, atol=1e-13)
-    with pytest.raises(
-        TypeError, match=r"must be names, a mask or indices, got a list with \[0.5\]"
-    ):
+    with pytest.raises(TypeError, match=r"must be names, a mask or indices, got a list with \[0.5\]"):
         hessian.restrict([0.5])
     for wrong, match in (
         ("5.*", "got '5.\\*'"),
@@ -227,8 +228,9 @@ def test_scipy_form_serves_its_solvers(hessian, matrix):
     fixed.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        np.testing.assert_allclose(A.to_scipy() @ block[::-1, ::-1], SYMMETRIC.numpy() @ block[::-1, ::-1], rtol=1e-12)
-        np.testing.assert_allclose(A.to_scipy() @ fixed, SYMMETRIC.numpy() @ block, rtol=1e-12)
+        plain: Any = A.to_scipy()
+        np.testing.assert_allclose(plain @ block[::-1, ::-1], SYMMETRIC.numpy() @ block[::-1, ::-1], rtol=1e-12)
+        np.testing.assert_allclose(plain @ fixed, SYMMETRIC.numpy() @ block, rtol=1e-12)
     np.testing.assert_allclose(J.to_scipy() @ block, TALL.numpy() @ block, rtol=1e-12)
     np.testing.assert_allclose(J.to_scipy().rmatvec(block[:4, 0]), TALL.T.numpy() @ block[:4, 0], rtol=1e-12)
     np.testing.assert_allclose(J.to_scipy().rmatmat(block[:4]), TALL.T.numpy() @ block[:4], rtol=1e-12)
@@ -248,6 +250,7 @@ def test_scipy_form_serves_its_solvers(hessian, matrix):
         ),
         (lambda: A @ normal(5), ValueError, r"\[P\] or \[P, K\] with P == 6, got \[5\]"),
         (lambda: A @ 3, TypeError, "unsupported operand"),
+        (lambda: A @ np.ones(6), TypeError, r"V must be a torch tensor, got ndarray; to_scipy\(\) takes arrays"),
         (lambda: A + 3, TypeError, "unsupported operand"),
         (lambda: A + J, ValueError, r"one shape, got \[6, 6\] and \[4, 6\]"),
         (lambda: A + DenseOperator(SYMMETRIC.float()), ValueError, "share dtype and device"),

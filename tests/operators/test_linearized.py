@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -144,6 +146,24 @@ def test_a_map_that_found_room_later_keeps_its_place() -> None:
     schedule._kept[1] = middle
     assert list(schedule._kept) == [0, 2, 1]
     assert_close(engine.jacobian(rows), expected)
+
+
+def test_kept_maps_go_with_the_engine_and_do_not_wait_for_the_collector() -> None:
+    problem = small_problem()
+    gc.collect()
+    gc.disable()
+    try:
+        engine = LinearizedEngine(problem)
+        engine.hessian(rows_of(problem))
+        engine.ggn(rows_of(problem))
+        kept = [p.apply for schedule in engine._schedules.values() for p in schedule._kept.values()]
+        constants = [weakref.ref(c) for program in kept for c in program.constants]
+        assert len(constants) > 10
+        del engine, kept
+        alive = [ref for ref in constants if ref() is not None]
+        assert len(alive) < len(constants) // 4  # those of other owners: the problem's parameters
+    finally:
+        gc.enable()
 
 
 def test_nothing_outside_can_break_or_move_a_kept_map() -> None:

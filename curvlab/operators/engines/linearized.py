@@ -18,6 +18,7 @@ Measured, one thread, CPU ms for one product, best of 3 or more: kept graph and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -75,12 +76,13 @@ class LinearizedEngine:
             raise ValueError(f"LinearizedEngine: num_samples must be at least 1, got {num_samples}")
         self.problem, self.precision = problem, precision
         self.memory_budget = default_budget(problem.device) if memory_budget is None else memory_budget
-        self._num_samples, self._seed = num_samples, draw_seed(generator)
         self._rounded = torch.bfloat16 if precision == "bf16" else None
         self._tensors = list(problem.params.values())
         self._schedules: dict[str, Schedule] = {}
+        # Not a bound method: an engine in a circle with its maps would keep their memory until the collector runs.
+        curvature = functools.partial(_curvature, problem, num_samples, draw_seed(generator))
         self._derivatives = {
-            last: Derivatives(problem, channels_last=last, curvature=self._curvature) for last in (False, True)
+            last: Derivatives(problem, channels_last=last, curvature=curvature) for last in (False, True)
         }
 
     @property
@@ -194,14 +196,15 @@ class LinearizedEngine:
     def _spare(self) -> int:
         return self.memory_budget - sum(schedule.kept_bytes for schedule in self._schedules.values())
 
-    def _curvature(self, piece: Piece, outputs: Tensor, kind: str) -> OutputCurvature:
-        generator = None
-        if kind == "monte_carlo":
-            # The stream of a batch is that of every engine; parts after the first have streams of their own.
-            generator = batch_generator(self._seed + piece.part, piece.batch, outputs.device)
-        return self.problem.loss.curvature(
-            outputs, piece.targets, kind, num_samples=self._num_samples, generator=generator
-        )
+
+def _curvature(
+    problem: Problem, num_samples: int, seed: int, piece: Piece, outputs: Tensor, kind: str
+) -> OutputCurvature:
+    generator = None
+    if kind == "monte_carlo":
+        # The stream of a batch is that of every engine; parts after the first have streams of their own.
+        generator = batch_generator(seed + piece.part, piece.batch, outputs.device)
+    return problem.loss.curvature(outputs, piece.targets, kind, num_samples=num_samples, generator=generator)
 
 
 def _write(result: Tensor, parts: Sequence[Tensor | None], like: Sequence[Tensor], *, first: bool) -> None:

@@ -358,7 +358,8 @@ def _compile(
             lines.append(f"    del {', '.join(f'v{number}' for number in sorted(dead - kept))}")
     lines.append(f"    return [{', '.join('None' if slot is None else f'v{slot.number}' for slot in outputs)}]")
     exec("\n".join(lines), scope)
-    return scope["run"], list(constants.values())
+    # Out of its own globals: a function that holds itself, and so all constants, would wait for the garbage collector.
+    return scope.pop("run"), list(constants.values())
 
 
 class _Name(str):
