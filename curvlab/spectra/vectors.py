@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from curvlab.operators.precision import math_mode
 
 __all__ = [
     "Operator",
@@ -197,18 +199,9 @@ def _squares(rows: Tensor) -> Tensor:
     return inner_products(rows, rows)
 
 
-@contextmanager
-def exact_products() -> Iterator[None]:
+def exact_products() -> AbstractContextManager[None]:
     """No TF32 in here: three digits would be left of orthogonality."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    kept = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = kept
+    return math_mode(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 _SIGNS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -230,8 +223,14 @@ def random_signs(
     words = torch.empty(-(-num * per_row // 8), dtype=torch.int64, device=device)
     words.random_(-(1 << 63), None, generator=generator)  # all 64 bits; without bounds the highest stays 0
     bytes_ = words.view(torch.uint8)[: num * per_row].to(torch.int32)
-    signs = table.index_select(0, bytes_).view(num, -1)
-    return signs if signs.shape[1] == size else signs[:, :size].contiguous()
+    if size % 8 == 0:
+        return table.index_select(0, bytes_).view(num, size)
+    signs = torch.empty(num, size, dtype=dtype, device=device)
+    whole = size - size % 8
+    for row, picked in zip(signs, bytes_.view(num, per_row), strict=True):  # written in place: a copy costs as much
+        torch.index_select(table, 0, picked[:-1], out=row[:whole].view(-1, 8))
+        row[whole:] = table.index_select(0, picked[-1:])[0, : size - whole]
+    return signs
 
 
 def process_group(A: Any) -> Any:

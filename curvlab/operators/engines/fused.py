@@ -12,8 +12,7 @@ Work goes chunk by chunk over the samples, so that tangents stay in the caches a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ from curvlab.operators.engines.program import build_program
 from curvlab.operators.engines.protocol import batch_generator, draw_seed
 from curvlab.operators.engines.steps import Kept, Product, Run, Step, to_internal, to_natural
 from curvlab.operators.losses import CustomLoss, SoftmaxCrossEntropy, SquaredError
+from curvlab.operators.precision import math_mode
 from curvlab.operators.problem import Problem
 
 __all__ = ["FusedEngine"]
@@ -314,23 +314,9 @@ class FusedEngine:
         self._directions = plan.directions
         size, item = self.problem.num_params, self.dtype.itemsize
         at_once = rows_at_once(plan, len(rows), size, item, self.memory_budget)
-        with self._matmul_precision():
+        with math_mode(self.precision, self.problem.device):
             parts = [self._replays(key, part, function, self._inference) for part in rows.split(at_once)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    @contextlib.contextmanager
-    def _matmul_precision(self) -> Iterator[None]:
-        if self.problem.device.type != "cuda":
-            yield
-            return
-        matmul: Any = torch.backends.cuda.matmul
-        conv: Any = torch.backends.cudnn
-        before = matmul.allow_tf32, conv.allow_tf32
-        matmul.allow_tf32 = conv.allow_tf32 = self.precision == "tf32"
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, conv.allow_tf32 = before
 
     _directions = 1
 
@@ -345,7 +331,7 @@ class FusedEngine:
         self._prepare(False)
         self._directions = 1
         signals = [chunk.signal.unsqueeze(0) for chunk in self._chunks]
-        with self._matmul_precision():
+        with math_mode(self.precision, self.problem.device):
             return self._multiply(None, signals, 1, second=False)[0]
 
     def hessian(self, rows: Tensor) -> Tensor:
