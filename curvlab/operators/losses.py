@@ -36,6 +36,7 @@ from curvlab.operators.curvatures import (
 __all__ = [
     "CustomLoss",
     "Kind",
+    "NegativeLogLikelihood",
     "OutputCurvature",
     "OutputLoss",
     "SoftmaxCrossEntropy",
@@ -326,6 +327,31 @@ class CustomLoss:
         return AutogradCurvature(self.total, outputs, targets)
 
 
+class NegativeLogLikelihood(CustomLoss):
+    """``nn.NLLLoss``: outputs are log-probabilities ``[N, C, ...]``; Z = sum of the class weights of labels that count.
+
+    Args:
+        class_weights: w ``[C]``; None: ones.
+        ignore_index: label of positions that do not count.
+    """
+
+    def __init__(self, class_weights: Tensor | None = None, *, ignore_index: int = -100) -> None:
+        self._labels = SoftmaxCrossEntropy(class_weights, ignore_index=ignore_index)
+        super().__init__(self._sum, "sum")
+
+    def __repr__(self) -> str:
+        return repr(self._labels).replace("SoftmaxCrossEntropy", "NegativeLogLikelihood")
+
+    def _sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = None if self._labels.class_weights is None else self._labels.class_weights.to(outputs)
+        ignored = self._labels.ignore_index
+        return functional.nll_loss(outputs, targets, weights, ignore_index=ignored, reduction="sum")
+
+    def weight(self, outputs: Tensor | None, targets: Tensor) -> float:
+        """The sum of the weights of the labels that count."""
+        return self._labels.weight(outputs, targets)
+
+
 def as_loss(loss: Any) -> OutputLoss:
     """The :class:`OutputLoss` that PyTorch's loss module or function, or a callable, stands for.
 
@@ -347,11 +373,15 @@ def as_loss(loss: Any) -> OutputLoss:
         )
     if type(loss) is nn.MSELoss:
         return SquaredError()
+    if type(loss) is nn.NLLLoss:
+        return NegativeLogLikelihood(loss.weight, ignore_index=loss.ignore_index)
     function, options = loss, {}
     if isinstance(loss, functools.partial) and not loss.args:
         function, options = loss.func, {name: value for name, value in loss.keywords.items() if name != "reduction"}
     if function is functional.cross_entropy and options.keys() <= {"weight", "ignore_index", "label_smoothing"}:
         return SoftmaxCrossEntropy(options.pop("weight", None), **options)
+    if function is functional.nll_loss and options.keys() <= {"weight", "ignore_index"}:
+        return NegativeLogLikelihood(options.pop("weight", None), **options)
     if function is functional.mse_loss and not options:
         return SquaredError()
     if not callable(loss):

@@ -45,8 +45,8 @@ class Problem:
     Args:
         model: the network; never modified. Copied without its tensors, and run in evaluation mode.
         loss: ``nn.CrossEntropyLoss``, ``F.cross_entropy`` (or a ``functools.partial`` of it), ``nn.MSELoss``,
-            ``F.mse_loss``, an ``OutputLoss``, or a callable that returns the mean over a batch (the sum, if it has an
-            attribute or keyword ``reduction`` that says so).
+            ``F.mse_loss``, ``nn.NLLLoss``, an ``OutputLoss``, or a callable that returns the mean over a batch (the
+            sum, if it has an attribute or keyword ``reduction`` that says so).
         data: ``(x, y)`` of tensors, or what can be iterated again and again over such pairs in a fixed order. Inputs x
             may be a tensor, a tuple (``model(*x)``) or a dict (``model(**x)``). Moved to the parameters' device, and
             floating-point tensors to their dtype.

@@ -187,6 +187,20 @@ def test_a_callable_that_sums_is_not_summed_again(loss):
     assert as_loss(loss).total(outputs, targets) == loss(outputs, targets)
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_negative_log_likelihood_counts_weights_not_samples(weights):
+    outputs, targets = normal(9, 4, 2).log_softmax(1), labels(9, 2, classes=4)
+    targets[1] = -100
+    for reference in (nn.NLLLoss(weights), functools.partial(F.nll_loss, weight=weights)):
+        loss = as_loss(reference)
+        parts = [(outputs[:2], targets[:2]), (outputs[2:], targets[2:])]
+        total = sum(loss.total(*part) for part in parts)
+        assert float(total) / sum(loss.weight(None, y) for _, y in parts) == pytest.approx(
+            float(reference(outputs, targets)), rel=1e-13
+        )
+    assert repr(as_loss(nn.NLLLoss(ignore_index=2))) == "NegativeLogLikelihood(ignore_index=2)"
+
+
 def test_a_label_that_names_no_class_is_refused():
     loss, outputs = SoftmaxCrossEntropy(), normal(4, 3)
     for bad in (3, -1):
