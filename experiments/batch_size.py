@@ -443,7 +443,9 @@ def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
             shown = {batch: group for batch, group in shown.items() if group and min(group) > 0}
             if shown:
                 draw.plot_groups(axes, shown, series=series, label=arm, geometric=True)
-        draw.set_axes(axes, xlabel="batch size", ylabel=label, log_x=True, log_y=True, x_ticks=sorted(config.batches))
+        ticks, is_loss = sorted(config.batches), metric == "fit_loss"
+        draw.set_axes(axes, xlabel="batch size", ylabel=label, log_x=True, log_y=is_loss, x_ticks=ticks)
+        axes.margins(x=0.1)
         draw.add_legend(axes)
     caption = "Dots: seeds; markers: means with 95 % intervals over seeds. "
     together = (
