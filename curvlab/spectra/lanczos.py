@@ -37,6 +37,7 @@ MAX_PANEL = 4
 SHRINKING = 1e-2  # measured loss of orthogonality from which on the panel gets shorter
 AGAIN = 0.5  # share of a row's norm beyond which rounding of the part removed is left in it: a second pass follows
 CAREFUL = 0.3  # the same for the part of a row that is new, beside the rows cleaned together with it
+LOST = 0.3  # loss of orthogonality foreseen from which on a row is cleaned before it is multiplied
 TINY = np.finfo(float).tiny
 
 
@@ -68,6 +69,7 @@ class KrylovSpace:
         self._relation = np.zeros((capacity, capacity))  # N
         self._norms = np.ones(capacity)  # of the rows; 1 for clean ones
         self._panel = 1
+        self._lost = self._eps  # bound of what the newest row has lost: eps times ||A|| / ||row|| for each step
 
     @property
     def num_candidates(self) -> int:
@@ -125,7 +127,10 @@ class KrylovSpace:
         # ||A x_j|| / ||x_j|| <= ||A||: the first steps must not take the rounding of a large A for something new.
         lengths = np.sqrt((norms[:, None] ** 2 * dots**2).sum(0) / shrink**2 + self._norms[r : r + b] ** 2)
         self.scale = max(self.scale, float(lengths.max()))
-        small = self._norms[r : r + b].min() <= 100 * self.rounding()
+        least = self._norms[r : r + b].min()
+        # The panel's length follows losses seen; where ||A|| is 1e8 and the row 1, one step more loses all.
+        self._lost = (self._lost + self._eps) * self.scale / max(least, TINY)
+        small = least <= 100 * self.rounding() or self._lost > LOST
         if b > 1 or self.num_candidates > 1 or small or self.num_rows - self._clean >= self._panel:
             self.clean()
 
@@ -149,7 +154,7 @@ class KrylovSpace:
             weights, done = self._orthogonalize(weights, negligible)
             if done:
                 break
-        self._clean = self.num_rows
+        self._clean, self._lost = self.num_rows, self._eps
 
     def _orthogonalize(self, weights: np.ndarray, negligible: float) -> tuple[np.ndarray, bool]:
         """One pass of dots and one update; returns the weights of the rows left, and whether rounding stayed small."""

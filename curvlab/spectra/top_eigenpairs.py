@@ -197,7 +197,7 @@ class _Search:
         A space that ended by itself is blind to the rest, further copies of its eigenvalues among it. So a random
         vector goes on from there, until that chain ends too without a change, or its own best pair is found.
         """
-        if self.space.num_candidates == 0:
+        if self.space.num_candidates == 0 or self.residuals.max() <= 16 * self.space.rounding():
             before, self.exhausted = self.exhausted, self.values[self._wanted()]
             same = before is not None and len(before) == len(self.exhausted)
             return same and bool((np.abs(before - self.exhausted) <= 4 * self.space.rounding()).all())

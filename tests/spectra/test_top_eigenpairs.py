@@ -9,7 +9,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from curvlab.operators.base import DenseOperator
-from curvlab.spectra import Eigenpairs, eigenvalue_interval, power_iteration, top_eigenpairs
+from curvlab.spectra import Eigenpairs, eigenvalue_interval, power_iteration, slq_density, top_eigenpairs
 from tests.spectra.known import DTYPES, generator, hessian_like, operator, rotation, symmetric
 
 SPECTRA = {
@@ -117,6 +117,28 @@ def test_exhausted_spaces_go_on_from_new_vectors(block_size: int, dtype: torch.d
     matrix = symmetric(values)
     pairs = top_eigenpairs(operator(matrix, dtype), 4, block_size=block_size, generator=generator())
     assert_right(pairs, matrix, values[:4], 1e-3)
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("which", ["LA", "LM", "BE"])
+def test_twelve_decades(which: str, block_size: int) -> None:
+    """Where ||A|| is 1e8 times a row, a step multiplies what is lost by as much: no two rows may wait to be cleaned."""
+    values = torch.cat([torch.tensor([1e8, 1e4, 1.0, 1e-2]), 1e-4 * torch.rand(196, generator=generator())]).double()
+    matrix = symmetric(values)
+    k = 3 if which != "BE" else 1
+    pairs = top_eigenpairs(operator(matrix), k, which=which, block_size=block_size, generator=generator())  # type: ignore[arg-type]
+    assert_right(pairs, matrix, values[:k], 1e-3)
+    assert pairs.num_products < 20
+    found = slq_density(operator(matrix), 1, 8, generator=generator())
+    torch.testing.assert_close(found.nodes[0].flip(0)[:3], values[:3], rtol=1e-6, atol=1e-6)
+
+
+def test_a_space_that_ended_but_for_rounding_is_not_believed() -> None:
+    """Rank 3: the fourth product ends the space, what is left is rounding, and 0 is the smallest eigenvalue thrice."""
+    values = torch.cat([torch.tensor([3.0, 2.0, 1.0]), torch.zeros(197)]).double()
+    for seed in range(3):
+        pairs = top_eigenpairs(operator(symmetric(values, seed)), 3, which="SA", generator=generator(seed))
+        assert pairs.converged and pairs.values.abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
