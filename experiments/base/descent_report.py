@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from curvlab.runs import figures as draw
-from curvlab.runs.stats import Estimate
+from curvlab.runs.stats import Estimate, geometric_mean_interval, mean_interval
 from curvlab.runs.svg import INK
 from curvlab.runs.tables import Table
 from experiments.base import paper
@@ -77,10 +77,13 @@ def _arm(sweeps: Sweeps, metric: str, where: Mapping[str, Any]) -> Groups:
 
 
 def _feature_table(features: Features) -> list[Table]:
-    columns = {name: _pooled(features, name, "both") for name in ("lambda_max", "lambda_min", "trace")}
-    norms = _pooled(features, "norm", "clean")
-    squares = {labels: _pooled(features, "test_mse", labels) for labels in ("clean", "noisy")}
-    shares = {labels: pooled_means(features.groups("test_accuracy", labels)) for labels in squares}
+    columns = {name: _means(features, name, "both") for name in ("lambda_max", "lambda_min", "trace")}
+    norms = _means(features, "norm", "clean")
+    squares = {labels: _means(features, "test_mse", labels) for labels in ("clean", "noisy")}
+    shares = {
+        labels: {ratio: mean_interval(v) for ratio, v in features.groups("test_accuracy", labels).items()}
+        for labels in squares
+    }
     lines = []
     for ratio in columns["lambda_max"]:
         line: list[Any] = [ratio]
@@ -102,7 +105,7 @@ def _feature_table(features: Features) -> list[Table]:
     ]
     about = (
         f"n = {features.num_samples} training images, minimum-norm least squares; geometric means over draws of the "
-        "features (test error: arithmetic), spread pooled over N. "
+        "features (test error: arithmetic), each N with its own spread. "
         " λ: eigenvalues of ΦᵀΦ/n, exact."
     )
     return [Table("Random ReLU features", heads, lines, about)]
@@ -113,9 +116,9 @@ def _positive(found: Groups) -> Groups:
     return {size: values for size, values in found.items() if min(values) > 0}
 
 
-def _pooled(features: Features, metric: str, labels: str) -> dict[float, Estimate]:
-    """Geometric means by N/n."""
-    return pooled_means(_positive(features.groups(metric, labels)), geometric=True)
+def _means(features: Features, metric: str, labels: str) -> dict[float, Estimate]:
+    """Geometric means by N/n, each with its own spread: at N = n it is a hundred times that elsewhere."""
+    return {ratio: geometric_mean_interval(v) for ratio, v in _positive(features.groups(metric, labels)).items()}
 
 
 def _error(share: Estimate | None) -> Estimate | None:
@@ -227,14 +230,14 @@ def feature_figure(features: Features) -> draw.Figure:
         found = features.groups("test_mse", labels)
         tops += [max(values) for values in found.values()]
         draw.plot_groups(panels[0], found, series=series, label=words, geometric=True,
-                         intervals=_pooled(features, "test_mse", labels))  # fmt: skip
+                         intervals=_means(features, "test_mse", labels))  # fmt: skip
     draw.plot_guide(panels[0], [1.0, 1.0], [0.2, max(tops)], label="N = n")
     draw.set_axes(panels[0], xlabel="N/n", ylabel="squared test error", log_x=True, log_y=True)
     names = {"lambda_max": "λ_max", "trace": "trace", "lambda_min": "smallest nonzero eigenvalue"}
     for series, (metric, words) in enumerate(names.items()):
         found = features.groups(metric, "both")
         draw.plot_groups(panels[1], found, series=series, label=words, geometric=True,
-                         intervals=_pooled(features, metric, "both"))  # fmt: skip
+                         intervals=_means(features, metric, "both"))  # fmt: skip
     ends = [value for values in features.groups("lambda_min", "both").values() for value in values]
     draw.plot_guide(panels[1], [1.0, 1.0], [min(ends), max(features.groups("trace", "both")[1.0])] if 1.0 in
                     features.groups("trace", "both") else [min(ends), max(ends)])  # fmt: skip
@@ -255,6 +258,11 @@ def descent_notes(sweeps: Sweeps) -> list[str]:
         "Wrong labels are one fixed draw, the same for all seeds and sizes; test labels are always the true ones.",
         "Near zero training loss λ_max and trace scale with the loss; λ_max/loss stands beside them.",
     ]
+    if sweeps.as_written["mlp"]:
+        found.append(
+            "The MLPs train on the first 10,000 MNIST images; the paper draws its 10,000 by a seed (by which generator is "
+            "not stated). Its means can differ from ours by that choice alone."
+        )
     for network, count in sweeps.num_samples.items():
         if not sweeps.as_written[network]:
             found.append(
