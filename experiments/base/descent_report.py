@@ -106,7 +106,7 @@ def _feature_table(features: Features) -> list[Table]:
     about = (
         f"n = {features.num_samples} training images, minimum-norm least squares; geometric means over draws of the "
         "features (test error: arithmetic), each N with its own spread. "
-        " λ: eigenvalues of ΦᵀΦ/n, exact."
+        "λ: eigenvalues of ΦᵀΦ/n, exact."
     )
     return [Table("Random ReLU features", heads, lines, about)]
 
@@ -260,8 +260,8 @@ def descent_notes(sweeps: Sweeps) -> list[str]:
     ]
     if sweeps.as_written["mlp"]:
         found.append(
-            "The MLPs train on the first 10,000 MNIST images; the paper draws its 10,000 by a seed (by which generator is "
-            "not stated). Its means can differ from ours by that choice alone."
+            "The MLPs train on the first 10,000 MNIST images; the paper draws its 10,000 by a seed (by which generator "
+            "is not stated). Its means can differ from ours by that choice alone."
         )
     for network, count in sweeps.num_samples.items():
         if not sweeps.as_written[network]:
