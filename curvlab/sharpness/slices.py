@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,13 +229,20 @@ def _description(problem: Problem, rows: Tensor, points: np.ndarray, tile_points
     add(rows)
     digest.update(points.tobytes())
     for name, value in sorted(vars(problem.loss).items()):
-        add(value) if isinstance(value, Tensor) else digest.update(f"{name}={value!r}".encode())
-    digest.update(repr(problem.model).encode())  # the same weights with another activation are another network
+        add(value) if isinstance(value, Tensor) else digest.update(f"{name}={_text(value)}".encode())
+    digest.update(_text(problem.model).encode())  # the same weights with another activation are another network
     facts: dict[str, Any] = {"loss": type(problem.loss).__name__, "reduction": problem.reduction}
     facts |= {"batch_norm": problem.batch_norm, "tile_points": tile_points}
     digest.update(repr(sorted(facts.items())).encode())
     counts = {"num_params": problem.num_params, "num_samples": problem.num_samples, "points": len(points)}
     return {"hash": digest.hexdigest(), **facts, **counts, "directions": len(rows)}
+
+
+def _text(value: Any) -> str:
+    """A description that the next process gives as well: functions by name and code, without their address."""
+    code = getattr(value, "__code__", None)
+    of_code = "" if code is None else f"{code.co_code.hex()} {code.co_names} {code.co_consts!r}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{value!r} {of_code}")
 
 
 def linear_barrier(

@@ -79,7 +79,25 @@ def test_an_interrupted_plane_goes_on_where_it_stopped(tmp_path: Path, monkeypat
     monkeypatch.setattr(LossEvaluator, "__call__", never)
     again = loss_slice(here, 2, num_points=7, folder=tmp_path, tile_points=10, generator=draw(1))
     assert np.array_equal(again.losses, whole.losses)
-    assert again.accuracies is not None and np.array_equal(again.accuracies, whole.accuracies)
+    assert again.accuracies is not None and whole.accuracies is not None
+    assert np.array_equal(again.accuracies, whole.accuracies)
+
+
+def test_a_loss_that_is_a_function_is_known_again_by_its_code(tmp_path: Path) -> None:
+    """The next process has it at another address."""
+    x, y = images()
+
+    def of(power: int, folder: Path) -> LossSlice:
+        source = f"lambda outputs, targets: outputs.logsumexp(1).sub(outputs[:, 0]).pow({power}).mean()"
+        here = Problem(network(), eval(source), (x, y))
+        return loss_slice(here, 1, num_points=3, folder=folder, generator=draw(1))
+
+    first = of(2, tmp_path)
+    (tmp_path / "tile_00000.npz").rename(tmp_path / "kept.npz")
+    np.savez(tmp_path / "tile_00000.npz", losses=np.arange(3.0), accuracies=np.full(3, np.nan))
+    assert of(2, tmp_path).losses.tolist() == [0.0, 1.0, 2.0] != first.losses.tolist()  # read, not computed
+    with pytest.raises(ValueError, match="TileFolder: folder must be empty or hold this evaluation"):
+        of(3, tmp_path)
 
 
 def test_a_folder_of_another_slice_is_refused(tmp_path: Path) -> None:
@@ -100,7 +118,8 @@ def test_slices_are_saved_and_loaded(tmp_path: Path) -> None:
     plane = loss_slice(problem(), 2, num_points=3, generator=draw())
     again = LossSlice.load(plane.save(tmp_path / "plane.npz"))
     assert np.array_equal(again.losses, plane.losses) and again.cosine == plane.cosine
-    assert again.accuracies is not None and np.array_equal(again.accuracies, plane.accuracies)
+    assert again.accuracies is not None and plane.accuracies is not None
+    assert np.array_equal(again.accuracies, plane.accuracies)
     bare = LossSlice((np.array([0.0, 1.0]),), np.array([1.0, 2.0]), None)
     assert LossSlice.load(bare.save(tmp_path / "line.npz")).accuracies is None
 
