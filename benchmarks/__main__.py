@@ -95,7 +95,7 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
 def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the cases of benchmark ``name`` and print their table."""
     module = load(name)
-    rounds, seconds, budget = (7, 0.05, 15.0) if options.quick else (25, 0.2, 90.0)
+    rounds, seconds, budget = (7, 0.05, 15.0) if options.quick else (25, 0.2, 60.0)
     rows: list[dict[str, Any]] = []
     for case in module.cases(quick=options.quick):
         if sys.stderr.isatty():

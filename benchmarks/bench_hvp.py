@@ -70,7 +70,8 @@ def directions(setup: Setup, k: int) -> Tensor:
 
 def hessian_builders(setup: Setup, *, k: int = 8, quick: bool = False) -> dict[str, peers.Builder]:
     """All engines of the Hessian by name, ours first."""
-    chosen = {**peers.STRONG, **({} if quick else peers.OTHERS), **(peers.BLOCK if k > 1 and not quick else {})}
+    others = {} if quick else peers.BLOCK if k > 1 else peers.OTHERS  # what loses with one vector loses in a loop
+    chosen = {**peers.STRONG, **others}
     return {"ours": ours, **peers.with_channels_last(chosen, setup)}
 
 
