@@ -238,3 +238,8 @@ def test_the_report_reads_in_one_line_and_names_the_route():
     report = HessianOperator(CASES["act_tanh"]().problem(), engine="linearized").report
     assert report.notes == ("hessian: forward over reverse, recorded",)
     assert repr(report).startswith("<engine linearized; ") and repr(report).endswith("reverse, recorded>")
+
+
+def test_bfloat16_problems_go_to_an_engine_that_takes_them():
+    engine, report = make_engine(CASES["act_relu"]().problem(torch.bfloat16))
+    assert engine.name == "linearized" and "must be float32 or float64" in report.declined["fused"]

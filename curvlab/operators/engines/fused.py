@@ -25,7 +25,7 @@ from curvlab.operators.engines.heads import Head, make_head, sampled_curvatures
 from curvlab.operators.engines.layer_rules.affine import AffineStep
 from curvlab.operators.engines.layer_rules.norm import FixedNormStep
 from curvlab.operators.engines.program import build_program
-from curvlab.operators.engines.protocol import batch_generator, draw_seed
+from curvlab.operators.engines.protocol import UnsupportedModel, batch_generator, draw_seed
 from curvlab.operators.engines.steps import Kept, Product, Run, Step, to_internal, to_natural
 from curvlab.operators.losses import CustomLoss, SoftmaxCrossEntropy, SquaredError
 from curvlab.operators.precision import math_mode
@@ -79,6 +79,11 @@ class FusedEngine:
     ) -> None:
         if precision not in (None, "bf16", "tf32") or (precision == "tf32" and problem.device.type != "cuda"):
             raise ValueError(f"FusedEngine: precision must be None, 'bf16' or (CUDA) 'tf32', got {precision!r}")
+        if problem.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedModel(
+                f"FusedEngine: problem must be float32 or float64, got {problem.dtype} (precision='bf16' rounds the "
+                "factors of a float32 problem)"
+            )
         self.problem, self.memory_budget, self.precision = problem, memory_budget, precision
         self.num_samples, self._seed = num_samples, draw_seed(generator)
         self.dtype = problem.dtype
