@@ -92,8 +92,8 @@ def top_eigenpairs(
         which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest in magnitude; ``"BE"`` both ends, of which the
             upper has one more for odd k. Order: descending, ascending, descending magnitude, descending.
         tol: relative residual asked for, > 0.
-        start: pairs found earlier, or rows ``[m, P]``, m >= 1: after 50 training steps they save a quarter of the
-            products, after one a half. Their sum starts the space (with ``block_size`` b, b sums), each pair with
+        start: pairs found earlier, or rows ``[m, P]``, m >= 1: after 50 training steps they save a seventh to a
+            quarter of the products of five pairs, after one a third; of one pair about half. Their sum starts the space (with ``block_size`` b, b sums), each pair with
             weight 1/|value|, plus a tenth of the guard and of a random vector; a search of their span as a block of
             its own takes more products than one from a random vector. Rows alone have no guard: an eigenvalue that
             overtook theirs in a direction that they do not hold can then be missed.
