@@ -23,7 +23,7 @@ from benchmarks import peak_memory
 from benchmarks.curvature_models import Setup, make_setup, product_flops, train
 from benchmarks.harness import Case, Engine, alternate
 from curvlab.operators import GGNOperator, HessianOperator, Problem
-from curvlab.spectra import hutchinson_trace, slq_density, top_eigenpairs
+from curvlab.spectra import Eigenpairs, hutchinson_trace, slq_density, top_eigenpairs
 
 TITLE = "Curvature: ours and peers"
 ACCURACY = 1e-3  # relative error in float64 that a peer's product may have
@@ -181,8 +181,8 @@ def _pairs(setup: Setup) -> Any:
     return top_eigenpairs(HessianOperator(problem_of(setup)), algorithms.NUM_PAIRS, tol=algorithms.TOLERANCE)
 
 
-def _warm_pairs(operator: HessianOperator, model: nn.Module, start: Tensor) -> Any:
-    """As along a training run: the operator moved to the present parameters, earlier eigenvectors to start from."""
+def _warm_pairs(operator: HessianOperator, model: nn.Module, start: Eigenpairs) -> Any:
+    """As along a training run: the operator moved to the present parameters, earlier eigenpairs to start from."""
     return top_eigenpairs(operator.at(model), algorithms.NUM_PAIRS, tol=algorithms.TOLERANCE, start=start)
 
 
@@ -245,11 +245,11 @@ def algorithm_cases(*, quick: bool) -> Iterator[Case]:
         if quick:
             del chosen["PyHessian"]
         yield _eigenpair_case(setup, "five top eigenpairs", partial(_pairs, setup), chosen, cold)
-        before: Tensor = _pairs(setup).vectors
+        before: Eigenpairs = _pairs(setup)
         later = setup.with_model(copy.deepcopy(setup.model))
         train(later, WARM_STEPS, seed=1)
         for peer, make in algorithms.PRODUCTS.items():
-            chosen[f"{peer}, SciPy eigsh, warm start"] = partial(algorithms.arpack, make=make, start=before)
+            chosen[f"{peer}, SciPy eigsh, warm start"] = partial(algorithms.arpack, make=make, start=before.vectors)
         our_call = partial(_warm_pairs, HessianOperator(problem_of(setup)), later.model, before)
         what = f"the same {WARM_STEPS} training steps later, warm"
         yield _eigenpair_case(later, what, our_call, chosen, warm)
