@@ -7,12 +7,61 @@
 
 namespace curvlab::hvp::CURVLAB_CPU_CAPABILITY {
 
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+// 16 channels of one window at once, where offsets within an image fit 32 bits: single loads and stores took 3 to 7 ns
+// an element, a quarter of a small network's product.
+struct PooledLanes {
+  __mmask16 live;
+  __m512i offset;
+};
+
+CURVLAB_INLINE PooledLanes pooled_lanes(const std::int32_t* index, std::int64_t c, std::int64_t channels) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 inside = channels - c >= 16 ? 0xffff : static_cast<__mmask16>((1u << (channels - c)) - 1);
+  const __m512i position = _mm512_maskz_loadu_epi32(inside, index + c);
+  const __m512i row = _mm512_mullo_epi32(position, _mm512_set1_epi32(static_cast<int>(channels)));
+  return {_mm512_mask_cmpge_epi32_mask(inside, position, _mm512_setzero_si512()),
+          _mm512_add_epi32(row, _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(c))))};
+}
+
+static void gather_lanes(const PoolArguments& pool, const float* x, const std::int32_t* index, float* out) {
+  const std::int64_t channels = pool.channels;
+  for (std::int64_t r = 0; r < pool.windows; ++r, index += channels, out += channels) {
+    for (std::int64_t c = 0; c < channels; c += 16) {
+      const PooledLanes lanes = pooled_lanes(index, c, channels);
+      const __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes.live, lanes.offset, x, 4);
+      const __mmask16 inside = channels - c >= 16 ? 0xffff : static_cast<__mmask16>((1u << (channels - c)) - 1);
+      _mm512_mask_storeu_ps(out + c, inside, value);
+    }
+  }
+}
+
+// Of windows that do not meet: nothing is added.
+static void scatter_lanes(const PoolArguments& pool, const float* g, const std::int32_t* index, float* out) {
+  const std::int64_t channels = pool.channels;
+  for (std::int64_t r = 0; r < pool.windows; ++r, index += channels, g += channels) {
+    for (std::int64_t c = 0; c < channels; c += 16) {
+      const PooledLanes lanes = pooled_lanes(index, c, channels);
+      const __m512 value = _mm512_maskz_loadu_ps(lanes.live, g + c);
+      _mm512_mask_i32scatter_ps(out, lanes.live, lanes.offset, value, 4);
+    }
+  }
+}
+
+CURVLAB_INLINE bool fits_lanes(const PoolArguments& pool) { return pool.image() < (std::int64_t{1} << 31); }
+#endif
+
 template <class scalar_t>
 static void gather_image(const PoolArguments& pool, std::int64_t k, std::int64_t n) {
   const std::int64_t channels = pool.channels, image = k * pool.samples + n;
   const scalar_t* x = static_cast<const scalar_t*>(pool.in) + image * pool.image();
   scalar_t* out = static_cast<scalar_t*>(pool.out) + image * pool.pooled();
   const std::int32_t* index = pool.index + n * pool.pooled();
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(scalar_t) == 4) {
+    if (fits_lanes(pool)) return gather_lanes(pool, x, index, out);
+  }
+#endif
   for (std::int64_t r = 0; r < pool.windows; ++r, index += channels, out += channels) {
     for (std::int64_t c = 0; c < channels; ++c) {
       const std::int64_t i = index[c];
@@ -56,6 +105,11 @@ static void scatter_image(const PoolArguments& pool, std::int64_t k, std::int64_
     }
   }
   memset(static_cast<void*>(out), 0, static_cast<unsigned long>(pool.image()) * sizeof(scalar_t));
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(scalar_t) == 4) {
+    if (pool.unique && fits_lanes(pool)) return scatter_lanes(pool, g, index, out);
+  }
+#endif
   scatter_windows(pool, g, index, out);
 }
 
