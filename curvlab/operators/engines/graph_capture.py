@@ -44,7 +44,13 @@ class Replays:
 
     def __call__(self, key: str, rows: Tensor, function: Callable[[Tensor], Tensor], capturable: bool) -> Tensor:
         """``function(rows)``; the second call with one key and shape captures, later ones replay."""
-        if not self._usable or torch.cuda.is_current_stream_capturing():
+        if not self._usable:
+            return function(rows)
+        with torch.cuda.device(self._device):  # graphs record and replay on streams of the *current* device
+            return self._call(key, rows, function, capturable)
+
+    def _call(self, key: str, rows: Tensor, function: Callable[[Tensor], Tensor], capturable: bool) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
             return function(rows)
         if not capturable:
             self.note = "no CUDA graph: the loss is differentiated by autograd"
@@ -64,7 +70,7 @@ class Replays:
             self.note = f"no CUDA graph: {str(error).splitlines()[0]}"
             return function(rows)
         self.note = "products are replayed as CUDA graphs"
-        return self(key, rows, function, capturable)
+        return self._call(key, rows, function, capturable)
 
     def _capture(self, rows: Tensor, function: Callable[[Tensor], Tensor]) -> _Graph:
         static = rows.clone()
@@ -74,6 +80,7 @@ class Replays:
             function(static)  # libraries choose algorithms and workspaces on their first call
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # PyTorch's default stream for captures stays on the device of the process' first capture.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):
             result = function(static)
         return _Graph(graph, static, result)
