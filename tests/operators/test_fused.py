@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from curvlab.operators.engines import chunks
 from curvlab.operators.engines.autograd import AutogradEngine
@@ -214,6 +218,120 @@ def test_what_has_no_rule_is_named(build: type[nn.Module], what: str) -> None:
     problem = Problem(seeded(build), nn.CrossEntropyLoss(), (normal(5, 4), labels(5, classes=3)))
     with pytest.raises(UnsupportedModel, match=what):
         FusedEngine(problem)
+
+
+def _forward(body: Callable[[Any, Any], Tensor]) -> Callable[[], nn.Module]:
+    """A network of two layers and one that stands aside, with this forward pass."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.aside = nn.Linear(4, 5), nn.Linear(5, 3), nn.Conv1d(5, 2, 1)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return body(self, input)
+
+    return Network
+
+
+def _relu_in_passing(net: Any, x: Tensor) -> Tensor:
+    h = net.one(x)
+    torch.relu_(h)
+    return net.two(h)
+
+
+def _relu_through_a_view(net: Any, x: Tensor) -> Tensor:
+    h = net.one(x)
+    h.view(-1, 5).relu_()
+    return net.two(h)
+
+
+def _added_under_another_name(net: Any, x: Tensor) -> Tensor:
+    h = other = net.one(x)
+    h += torch.tanh(net.one(x))
+    return net.two(torch.tanh(other) + h)
+
+
+def _size_of_the_batch(net: Any, x: Tensor) -> Tensor:
+    return net.two(torch.tanh(net.one(x)) / x.shape[0])
+
+
+def _without_gradient(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = torch.tanh(net.one(x))
+    return net.two(h)
+
+
+class OwnWeight(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.forward = lambda x: F.linear(x, -self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("build", "what"),
+    [
+        (_forward(_relu_in_passing), "what torch.fx traces"),
+        (_forward(_relu_through_a_view), "what torch.fx traces"),
+        (_forward(_added_under_another_name), "what torch.fx traces"),
+        (_forward(_size_of_the_batch), "what torch.fx traces"),
+        (OwnWeight, "what torch.fx traces"),
+        (_forward(_without_gradient), "under torch.no_grad"),
+        (lambda: nn.Sequential(weight_norm(nn.Linear(4, 3))), "KeyError"),
+        (_forward(lambda net, x: net.two(torch.flatten(input=net.one(x), start_dim=1))), "flatten"),
+    ],
+)
+def test_what_a_graph_does_not_show_is_refused(build: Callable[[], nn.Module], what: str) -> None:
+    problem = Problem(seeded(build), nn.CrossEntropyLoss(), (normal(5, 4), labels(5, classes=3)))
+    with pytest.raises(UnsupportedModel, match=what):
+        FusedEngine(problem)
+
+
+def _dead_branch(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.one(x))
+    F.linear(h, net.two.weight)
+    return net.two(h)
+
+
+class DeadConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.aside, self.two = nn.Conv2d(1, 2, 2), nn.Conv2d(2, 2, 1), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.one(x.view(x.size(dim=0), 1, 2, 2)))
+        self.aside(h)
+        return self.two(h.flatten(1))
+
+
+class Bytes(nn.Module):
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scale, self.net = scale, nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.scale(x))
+
+
+_BYTES = torch.arange(20, dtype=torch.uint8).reshape(5, 4)
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "tolerance"),
+    [
+        (_forward(_dead_branch), normal(5, 4), 1e-10),
+        (DeadConvolution, normal(5, 4), 1e-10),
+        (_forward(lambda net, x: net.two(torch.tanh(net.one(x)))), {"input": normal(5, 4)}, 1e-10),
+        (lambda: Bytes(lambda x: x / 255), _BYTES, 1e-5),
+        (lambda: Bytes(lambda x: x.float() / 255), _BYTES, 1e-5),
+    ],
+)
+def test_unread_values_names_and_bytes(build: Callable[[], nn.Module], inputs: Any, tolerance: float) -> None:
+    model = seeded(build)
+    model = model.float() if tolerance > 1e-6 else model
+    problem = Problem(model, nn.CrossEntropyLoss(), (inputs, labels(5, classes=3)))
+    rows, engine = rows_of(problem), FusedEngine(problem)
+    assert_close(engine.hessian(rows), AutogradEngine(problem).hessian(rows), tolerance)
 
 
 @pytest.mark.parametrize("name", REFUSED)

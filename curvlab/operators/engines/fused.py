@@ -24,7 +24,7 @@ from curvlab.operators.engines.chunks import make_plan, rows_at_once, split
 from curvlab.operators.engines.heads import Head, make_head, sampled_curvatures
 from curvlab.operators.engines.layer_rules.affine import AffineStep
 from curvlab.operators.engines.layer_rules.norm import FixedNormStep
-from curvlab.operators.engines.program import build_program
+from curvlab.operators.engines.program import build_program, check_outputs
 from curvlab.operators.engines.protocol import UnsupportedModel, batch_generator, draw_seed
 from curvlab.operators.engines.steps import Kept, Product, Run, Step, to_internal, to_natural
 from curvlab.operators.losses import CustomLoss, SoftmaxCrossEntropy, SquaredError
@@ -115,15 +115,19 @@ class FusedEngine:
         if self.problem.batch_norm == "frozen" and len(sizes) > 1:
             statistics = None
         self._batch_sizes = sizes
+        probe = _take(first, [i % sizes[0] for i in range(3)])
         self.program = build_program(
             self._exact.model,
             self.theta,
             self._exact.buffers,
             frozenset(self.problem.params),
-            _take(first, [i % sizes[0] for i in range(3)]),
+            probe,
             batch_norm=self.problem.batch_norm,
             statistics=statistics,
         )
+        with torch.no_grad():
+            known = statistics or {}
+            check_outputs(self.program, lambda n: self._exact.outputs({}, _take(probe, slice(n)), statistics=known))
         self._fixed_statistics = statistics is not None
         self.steps: list[Step] = [s for s in self.program.steps if self.program.slots[s.output].active]
         for index, step in enumerate(self.steps):
@@ -188,10 +192,9 @@ class FusedEngine:
     def _primal(self, batch: int, inputs: Any, targets: Tensor, second: bool) -> _Chunk:
         program = self.program
         values: list[Tensor | None] = [None] * len(program.slots)
-        named: Mapping[str, Any] | None = inputs if isinstance(inputs, Mapping) else None
-        listed: list[Any] = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-        for i, (name, slot) in enumerate(program.input_slots.items()):
-            values[slot] = named[name] if named is not None else listed[i]
+        given: Any = inputs if isinstance(inputs, (Mapping, tuple, list)) else [inputs]
+        for key, slot in program.input_slots.items():
+            values[slot] = given[key]
         needed = {slot for step in self.steps for slot in step.deltas()} if second else set()
         with torch.enable_grad() if needed else torch.no_grad():
             for step in program.steps:

@@ -8,7 +8,7 @@ activation becomes part of it; column sums for biases are taken by the activatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from curvlab.operators.engines.protocol import UnsupportedModel
 from curvlab.operators.engines.rules import Builder, Program, find_rule
 from curvlab.operators.engines.steps import Step
 
-__all__ = ["build_program"]
+__all__ = ["build_program", "check_outputs"]
 
 _ = layer_rules  # imported for its registrations
 
@@ -33,6 +33,12 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As always; a graph does not show by itself what stands in a ``torch.no_grad`` block of the model."""
+        node = super().create_node(*args, **kwargs)
+        node.meta["no_grad"] = not torch.is_grad_enabled()
+        return node
 
 
 class _Constant(Step):
@@ -49,7 +55,8 @@ class _Constant(Step):
 
 def _trace(model: nn.Module) -> fx.Graph:
     try:
-        return _Tracer().trace(model)
+        with torch.enable_grad():
+            return _Tracer().trace(model)
     except Exception as error:
         raise UnsupportedModel(
             f"fused: model must be traceable by torch.fx, got {type(error).__name__}: {error} ({type(model).__name__})"
@@ -94,13 +101,58 @@ def build_program(
     inputs = _named_inputs(probe)
     with torch.no_grad():
         for position, node in enumerate(graph_nodes := list(_trace(model).nodes)):
-            _visit(builder, node, inputs, position)
+            try:
+                _visit(builder, node, inputs, position)
+            except UnsupportedModel:
+                raise
+            except Exception as error:  # a call that no rule foresaw: another engine runs what PyTorch runs
+                raise builder.unsupported(node, f"{type(error).__name__}: {error}") from error
     del graph_nodes
     program = builder.program
+    program.probe_output = builder.probe[program.output]
     if not program.slots[program.output].active:
         raise UnsupportedModel("fused: model must depend on a chosen parameter, got an output that is a constant")
+    _prune(program)
     _rewrite(program, builder)
     return program
+
+
+def check_outputs(program: Program, run: Callable[[int], Tensor]) -> None:
+    """Compare the program with the model itself: a graph shows no in-place change through another name.
+
+    Args:
+        program: as built.
+        run: the outputs of the model for the first ``n`` samples of the probe. Fewer than the program saw, so that a
+            size of the batch that was taken for a constant is found out; all where samples see each other.
+
+    Raises:
+        UnsupportedModel: the outputs differ.
+    """
+    got = program.probe_output
+    count = len(got) if any(step.whole_batch for step in program.steps) else 2
+    try:
+        expected = run(count)
+    except RuntimeError:  # a forward pass that names a dtype does not run in float64
+        return
+    got = got[:count]
+    scale = float(got.abs().max()) if got.numel() else 0.0
+    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0.0, atol=1e-8 * scale, equal_nan=True):
+        raise UnsupportedModel(
+            "fused: model must compute what torch.fx traces, got other outputs from the graph (values changed in place "
+            "under another name, the size of a batch as a number, or a layer with a forward pass of its own)"
+        )
+
+
+def _prune(program: Program) -> None:
+    """Drop what the output does not read: no signal would ever reach it."""
+    needed, steps = {program.output}, []
+    for step in reversed(program.steps):
+        if step.output in needed:
+            needed.update(step.inputs)
+            steps.append(step)
+    program.steps = steps[::-1]
+    for index, slot in enumerate(program.slots):
+        slot.active = slot.active and index in needed
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -151,7 +203,7 @@ def _visit_input(builder: Builder, node: fx.Node, inputs: Any, position: int) ->
         return
     if not isinstance(given, torch.Tensor):
         raise builder.unsupported(node, f"an input of type {type(given).__name__}")
-    builder.add_input(node, given)
+    builder.add_input(node, given, str(node.target) if isinstance(inputs, dict) else position)
 
 
 def _visit_call(builder: Builder, node: fx.Node) -> None:
@@ -167,7 +219,8 @@ def _visit_call(builder: Builder, node: fx.Node) -> None:
     if _is_shape_query(node):
         probe = builder.probe[builder.slot(node, node.args[0])]
         rest = builder.value(node, node.args[1:])
-        builder.bound[node] = ("value", _query(node, probe, rest))
+        options = dict(builder.value(node, tuple(node.kwargs.items())))
+        builder.bound[node] = ("value", _query(node, probe, rest, options))
         return
     slots = [builder.slot(node, argument) for argument in arguments if builder.is_slot(argument)]
     touched = {builder.bound[a][1] for a in arguments if builder.bound[a][0] == "parameter"}
@@ -178,6 +231,8 @@ def _visit_call(builder: Builder, node: fx.Node) -> None:
     constant = bool(slots) and not any(builder.is_active(slot) for slot in slots) and not touched & builder.chosen
     if constant and _add_constant(builder, node, arguments, slots):
         return
+    if node.meta.get("no_grad") and not constant:
+        raise builder.unsupported(node, "a part under torch.no_grad that depends on chosen parameters")
     key = builder.modules[str(node.target)] if node.op == "call_module" else node.target
     rule = find_rule(key)  # type: ignore[arg-type]
     if rule is None:
@@ -193,9 +248,9 @@ def _is_shape_query(node: fx.Node) -> bool:
     )
 
 
-def _query(node: fx.Node, probe: Tensor, rest: Any) -> Any:
+def _query(node: fx.Node, probe: Tensor, rest: Any, options: dict[str, Any]) -> Any:
     if node.op == "call_method":
-        return getattr(probe, str(node.target))(*rest)
+        return getattr(probe, str(node.target))(*rest, **options)
     return getattr(probe, rest[0])
 
 
@@ -217,6 +272,11 @@ def _add_constant(builder: Builder, node: fx.Node, arguments: list[fx.Node], slo
     readers = [argument for argument in arguments if builder.is_slot(argument)]
 
     def function(*values: Tensor) -> Tensor:
+        result = compute(*values)
+        # ``x.float()`` or bytes divided by 255: the value is what the model says, the pass goes on in float64.
+        return result.double() if isinstance(result, Tensor) and result.is_floating_point() else result
+
+    def compute(*values: Tensor) -> Tensor:
         given = dict(zip(readers, values, strict=True))
 
         def resolve(argument: fx.Node) -> Any:
@@ -233,7 +293,11 @@ def _add_constant(builder: Builder, node: fx.Node, arguments: list[fx.Node], slo
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     values = [builder.probe[slot].clone() for slot in slots]
-    whole, part = function(*values), function(*[builder.probe[slot][:1].clone() for slot in slots])
+    whole = function(*values)
+    try:
+        part = function(*[builder.probe[slot][:1].clone() for slot in slots])
+    except RuntimeError:  # ``x.view(x.size(0), -1)``: the graph's shapes are those of all samples of the probe
+        return False
     if not isinstance(whole, torch.Tensor) or whole.ndim == 0 or whole.shape[0] != values[0].shape[0]:
         return False
     if part.shape[1:] != whole.shape[1:] or not torch.allclose(whole[:1], part, rtol=1e-8, equal_nan=True):

@@ -99,15 +99,17 @@ class Program:
     Attributes:
         slots: all values.
         steps: all steps, also those that compute constants.
-        input_slots: slots of the model's inputs, by name of the argument.
+        input_slots: slots of the model's inputs, by name of the argument, or by position.
         output: slot of the model's output.
+        probe_output: what the graph gave for the probe.
     """
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
         self.steps: list[Step] = []
-        self.input_slots: dict[str, int] = {}
+        self.input_slots: dict[str | int, int] = {}
         self.output = -1
+        self.probe_output: Tensor
 
     def consumers(self, slot: int) -> list[Step]:
         """Steps that read a slot."""
@@ -258,9 +260,9 @@ class Builder:
         if step is not None:
             self.program.steps.append(step)
 
-    def add_input(self, node: fx.Node, value: Tensor) -> None:
-        """A model input ``[n, ...]``."""
-        self.program.input_slots[node.name] = self.new_slot()
+    def add_input(self, node: fx.Node, value: Tensor, key: str | int) -> None:
+        """A model input ``[n, ...]``; ``key`` finds it in a batch (nodes are renamed where a name is a builtin's)."""
+        self.program.input_slots[key] = self.new_slot()
         self._append(node, value, False, None)
 
     def alias(self, node: fx.Node, slot: int) -> None:
