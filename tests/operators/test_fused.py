@@ -265,7 +265,7 @@ def _without_gradient(net: Any, x: Tensor) -> Tensor:
 class OwnWeight(nn.Linear):
     def __init__(self) -> None:
         super().__init__(4, 3)
-        self.forward = lambda x: F.linear(x, -self.weight, self.bias)
+        self.forward = lambda input: F.linear(input, -self.weight, self.bias)
 
 
 @pytest.mark.parametrize(
