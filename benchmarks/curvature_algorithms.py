@@ -72,7 +72,7 @@ def loop_trace(setup: Setup, make: Callable[[Setup], Product]) -> float:
 
 
 def pyhessian_trace(setup: Setup) -> float:
-    """PyHessian's ``trace`` made to take all its probes (at a tolerance of 0 it stops at the first negative running mean)."""
+    """The ``trace`` of PyHessian made to take all its probes: at tolerance 0 a negative running mean stops it."""
     found = peers.pyhessian_object(setup)
     return float(np.mean(found.trace(maxIter=NUM_PROBES, tol=float("-inf"))))
 
