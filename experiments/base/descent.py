@@ -261,27 +261,33 @@ def cnn_gain(sweeps: Sweeps) -> Claim:
 
 
 def cnn_dip(sweeps: Sweeps) -> Claim:
-    """The published dip, with collapsed networks counted and not averaged; and again with batch normalization."""
+    """The published dip, with collapsed networks counted and not averaged; and again with batch normalization.
+
+    Judged only on the paper's protocol: from 4 to 8 channels the sign may well turn with the number of images.
+    """
     measured = gain(sweeps.groups("test_error", "cnn"), 4, 8)
-    verdict = judge(measured, paper.DESCENT_CNN_DIP, 0.0)
     lost = groups(sweeps.rows, "collapsed", "size", network="cnn", label_noise=0.0, batch_norm=False)
     notes = []
     if lost:
         notes.append("collapsed: " + ", ".join(f"{sum(v):g} of {len(v)} at {c:g}" for c, v in lost.items()))
+    kept, narrow = max(paper.DESCENT_CNN[8]), paper.DESCENT_CNN[4]
+    notes.append(f"without its collapsed run the paper's own difference is {kept - sum(narrow) / len(narrow):+.2f}")
+    verdict = judge(measured, paper.DESCENT_CNN_DIP, 0.0)
     if not sweeps.as_written["cnn"]:
-        notes.append(f"{sweeps.num_samples['cnn']:,} images: direction only at best")
-        verdict = Verdict.DIRECTION_ONLY if verdict is Verdict.REPRODUCED else verdict
+        verdict = Verdict.NOT_TESTABLE
+        notes.append(f"{sweeps.num_samples['cnn']:,} images, the paper's claim is of 50,000")
     with_bn = gain(sweeps.groups("test_error", "cnn", batch_norm=True), 4, 8)
     survives, control = Survives.NOT_TESTED, ""
-    if measured is not None and with_bn is not None and with_bn.has_interval:
+    if verdict is not Verdict.NOT_TESTABLE and with_bn is not None and with_bn.has_interval:
         survives = Survives.YES if with_bn.high < 0 else Survives.NO
+    if measured is not None and with_bn is not None and with_bn.has_interval:
         control = (
-            "rule: yes iff the same difference is below 0 with its interval under batch normalization at lr 0.01; "
-            f"it is {with_bn}"
+            "rule: on the paper's protocol, yes iff the same difference is below 0 with its interval under batch "
+            f"normalization at lr 0.01; it is {with_bn}"
         )
     text = "CNN: test accuracy dips from 4 to 8 channels (32.9 → 27.6 %), read as the peak of double descent"
     return Claim("cnn_dip", text, paper.DESCENT_CNN_DIP, measured, verdict, "points", survives, control,
-                 sweeps.seconds("cnn"), note="; ".join(notes))  # fmt: skip
+                 sweeps.seconds("cnn"), note="; ".join(notes) if measured else "")  # fmt: skip
 
 
 def _ratio(found: Groups, low: float, high: float) -> Estimate | None:
@@ -317,18 +323,18 @@ def curvature_peak(sweeps: Sweeps, metric: str, control: str, words: str) -> Cla
     peak = sweeps.peak(metric, "mlp", noise=noise, log=True)
     other = sweeps.peak(control, "mlp", noise=noise, log=True)
     error = sweeps.peak("test_error", "mlp", noise=noise)
-    note = f"largest inside the sweep at width {peak.size:g}" if peak else ""
+    place = f"; largest at width {peak.size:g}" if peak else ""
     if peak and error:
-        note += f", test error at {error.size:g}"
+        place += f", test error at {error.size:g}"
     survives, rule = Survives.NOT_TESTED, ""
     if other is not None and other.height.has_interval:
         survives = Survives.YES if other.is_there else Survives.NO
         rule = (
             f"rule: yes iff the same quantity over the loss peaks too, with its interval; height {other.height} decades"
         )
-    text = f"With {100 * noise:g} % wrong labels {words} peaks inside the MLP sweep (height in decades)"
+    text = f"With {100 * noise:g} % wrong labels {words} peaks inside the MLP sweep (height in decades{place})"
     return Claim(f"{metric}_peak", text, "not measured", peak.height if peak else None, judge_peak(peak), "decades",
-                 survives, rule, sweeps.seconds("mlp"), note=note)  # fmt: skip
+                 survives, rule, sweeps.seconds("mlp"))  # fmt: skip
 
 
 def _feature_seconds(features: Features) -> float:
@@ -341,6 +347,9 @@ def features_peak(features: Features) -> Claim:
     measured = mean_interval(features.peaks("noisy")) if peaks else None
     judged = judge_tolerance(measured, 1.0, PEAK_WIDTH)
     note = "peaks, true then noisy labels, seed by seed: " + ", ".join(f"{p:g}" for p in peaks) if peaks else ""
+    if peaks:
+        grid = [ratio for ratio in features.groups("test_mse", "noisy") if abs(ratio - 1) <= 2 * PEAK_WIDTH]
+        note += f"; located on a grid of N/n ({', '.join(f'{r:g}' for r in grid)} near 1): no finer than its steps"
     text = f"Random ReLU features: test error peaks at N/n = 1 (± {PEAK_WIDTH})"
     return Claim("features_peak", text, "theory: 1", measured, judged.verdict, cost_seconds=_feature_seconds(features),
                  note=note)  # fmt: skip
@@ -348,12 +357,16 @@ def features_peak(features: Features) -> Claim:
 
 def features_descent(features: Features) -> Claim:
     """Is the second descent deeper than the first? Both minima of the same seed."""
-    ratios = []
-    for line in features.by_seed("test_mse", "clean").values():
-        below = [value for ratio, value in line.items() if ratio < 1]
-        if below and max(line) > 1:
-            ratios.append(line[max(line)] / min(below))
-    measured = geometric_mean_interval(ratios) if ratios else None
+    found = {}
+    for labels in ("clean", "noisy"):
+        ratios = []
+        for line in features.by_seed("test_mse", labels).values():
+            below = [value for ratio, value in line.items() if ratio < 1]
+            if below and max(line) > 1:
+                ratios.append(line[max(line)] / min(below))
+        found[labels] = geometric_mean_interval(ratios) if ratios else None
+    measured = found["clean"]
+    note = f"with wrong labels in the training set it is {found['noisy']}" if found["noisy"] else ""
     if measured is None:
         verdict = Verdict.NOT_TESTABLE
     elif measured.value < 1:
@@ -361,11 +374,11 @@ def features_descent(features: Features) -> Claim:
     else:
         verdict = Verdict.NOT_REPRODUCED
     text = (
-        "Random ReLU features: the second descent ends below the first (squared test error, widest over best below n)"
+        "Random ReLU features with true labels: the second descent ends below the first (squared test error, widest "
+        "over best below n)"
     )
-    return Claim(
-        "features_descent", text, "theory: < 1", measured, verdict, "×", cost_seconds=_feature_seconds(features)
-    )
+    return Claim("features_descent", text, "theory: < 1", measured, verdict, "×",
+                 cost_seconds=_feature_seconds(features), note=note)  # fmt: skip
 
 
 def features_curvature(features: Features) -> Claim:

@@ -20,6 +20,7 @@ from experiments.base.flatness_claims import Flatness, Key
 from experiments.base.rows import finals
 
 ONLY_LAST = ("power_lambda", "half_accuracy_noise")
+SUBSET = "Intervals are over seeds; the images are one fixed subset, whose noise is in no interval."
 
 
 def flatness_tables(found: Flatness) -> list[Table]:
@@ -57,8 +58,16 @@ def _measure_table(found: Flatness) -> Table:
         )
     caption = (
         "Geometric means over seeds with 95 % t intervals (test %: arithmetic); the residual is the largest. loss: of "
-        "the images that curvature is taken on. σ50: filter-relative noise that costs half the accuracy above chance."
+        "the images that curvature is taken on. σ50: filter-relative noise that costs half the accuracy above chance. "
+        f"{SUBSET}"
     )
+    same = [
+        f"{arm} {batch}"
+        for (arm, batch, point), setting in found.settings.items()
+        if arm != "as-written" and found.settings.get(("as-written", batch, point)) == setting
+    ]
+    if same:
+        caption += f" {', '.join(same)} is the as-written network."
     return Table("Measures by batch size", columns, lines, caption)
 
 
@@ -82,7 +91,10 @@ def _ratio_table(found: Flatness) -> Table:
         [words, *(found.ratio(metric, arm=arm, point=point) for arm, point in compared.values())]
         for metric, words in {"hessian_loss": "loss", "trace": "trace", **MEASURES}.items()
     ]
-    caption = f"Batch {found.large} over batch {found.small}, Welch intervals on logs. Of σ50 less is sharper."
+    caption = (
+        f"Batch {found.large} over batch {found.small}, common seeds paired, t intervals on logs. Of σ50 less is "
+        f"sharper. {SUBSET}"
+    )
     shown = lines if compared else []
     return Table("Large over small batch", ["measure", *compared], shown, caption)
 
@@ -101,9 +113,12 @@ def _noise_table(found: Flatness) -> Table:
         line.append(found.ratio("noise_increase", sigma=sigma))
         lines.append(line)
     shown = lines if any(any(cell is not None for cell in line[1:4]) for line in lines) else []
-    heads = ["σ", f"batch {found.small}: increase %", f"batch {found.large}: increase %", "ratio", "paper's ratio",
-             "ratio of absolute increases"]  # fmt: skip
-    caption = "N(0, σ²) on all parameters; geometric means over seeds of means over draws; dash: an increase below 0."
+    heads = ["σ", f"batch {found.small}: increase %", f"batch {found.large}: increase %", "ratio",
+             "paper's ratio (1024/32)", "ratio of absolute increases"]  # fmt: skip
+    caption = (
+        "N(0, σ²) on all parameters; geometric means over seeds of means over draws; dash: an increase below 0. "
+        f"Ratios: common seeds paired. {SUBSET}"
+    )
     return Table("Loss under noise", heads, shown, caption)
 
 
@@ -171,8 +186,8 @@ def ratio_figure(found: Flatness) -> draw.Figure:
     axes.set_yticks(list(range(len(metrics))), list(metrics.values()))
     draw.add_legend(axes)
     caption = (
-        "Geometric means over seeds with Welch intervals on logs (cut at a factor of 100). Right of 1 the large batch "
-        "is sharper; of σ50, where more noise is borne by the flatter network, left of 1."
+        "Geometric means over common seeds, paired t intervals on logs (cut at a factor of 100). Right of 1 the large "
+        f"batch is sharper; of σ50, where more noise is borne by the flatter network, left of 1. {SUBSET}"
     )
     return draw.Figure("ratios", "How much sharper is the large batch, by every measure", caption, figure)
 

@@ -120,6 +120,50 @@ def test_power_iteration_is_held_to_the_eigenvalue() -> None:
     assert verdicts(synthetic(FULL, {}, power=0.9), FULL)["power"][0] is Verdict.NOT_REPRODUCED
 
 
+def test_a_network_that_two_arms_share_is_audited_once() -> None:
+    claim = next(claim for claim in sharpness.claims(synthetic(CPU, {}), CPU) if claim.id == "power")
+    assert claim.measured is not None and claim.measured.n == 3 * len(CPU.batches)
+    for row in (rows := synthetic(CPU, {})):
+        if row["epochs"] != CPU.epochs and row["metric"] == "power_lambda":
+            row["value"] = 0.0  # what stands at equal updates is not of this claim
+    assert verdicts(rows, CPU)["power"][0] is Verdict.REPRODUCED
+
+
+def test_the_gap_is_held_to_the_papers_gap_of_the_same_pair() -> None:
+    def gap(config: sharpness.Config):
+        return next(claim for claim in sharpness.claims(synthetic(config, {}), config) if claim.id == "gap")
+
+    means = [sum(paper.BATCH_ACCURACY[batch]) / 3 for batch in (32, 512)]
+    assert gap(CPU).paper == round(means[0] - means[1], 2) != paper.GEOMETRY_GAP
+    assert gap(FULL).paper == paper.GEOMETRY_GAP and "1024 and 32" in gap(FULL).text
+
+
+def test_ratios_are_of_common_seeds() -> None:
+    """Seeds a factor 10 apart move both batches alike: seed by seed the ratio is known, between groups it is not."""
+    rows = synthetic(CPU, {"sharpness": 4.0})
+    for row in rows:
+        if row["metric"] in ("sharpness", "half_accuracy_noise"):
+            row["value"] *= 10.0 ** row["seed"]
+    claims = {claim.id: claim for claim in sharpness.claims(rows, CPU)}
+    measured = claims["lambda"].measured
+    assert measured is not None and measured.n == 3
+    assert (measured.low, measured.value, measured.high) == pytest.approx((4.0, 4.0, 4.0))
+    assert "Welch on logs: 4" in claims["lambda"].note
+    lone = [row for row in rows if not (row["batch_size"] == 512 and row["seed"] == 2)]
+    half = {claim.id: claim for claim in sharpness.claims(lone, CPU)}["half_accuracy_noise"].measured
+    assert half is not None and half.n == 2 and half.value == pytest.approx(1.0)
+
+
+def test_equal_updates_are_read_against_the_losses() -> None:
+    rows = synthetic(CPU, {"sharpness": 0.06, "relative_sharpness": 28.0, "filter_flatness": 2.0})
+    claims = {claim.id: claim for claim in sharpness.claims(rows, CPU)}
+    assert "the losses' ratio is 3.86" in claims["equal_updates"].note
+    assert claims["equal_updates"].verdict is Verdict.NOT_REPRODUCED
+    for name, value in (("equal_updates_over_loss", 28.0), ("equal_updates_filter_flatness", 2.0)):
+        measured = claims[name].measured
+        assert measured is not None and measured.value == pytest.approx(value)
+
+
 def test_networks_that_never_came_down_are_in_no_comparison_and_are_named() -> None:
     rows = synthetic(CPU, {"sharpness": 2.0}, mark=False)
     claim = next(claim for claim in sharpness.claims(rows, CPU) if claim.id == "equal_loss")
