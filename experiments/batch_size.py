@@ -272,7 +272,23 @@ def control_claim(rows: Sequence[Row], config: Config, arm: str, words: str, sma
     """A control arm's gap, judged like the paper's own."""
     found = arm_gap(rows, config, arm, small, large)
     claim = judged_gap(config, arm.replace("-", "_"), found, small, large, seconds(rows, arm_settings(config, arm)))
-    return replace(claim, text=f"Control, equal {words}: {claim.text}", paper="not run")
+    note = "; ".join(filter(None, (claim.note, trained_words(rows, config, arm, small, large))))
+    return replace(claim, text=f"Control, equal {words}: {claim.text}", paper="not run", note=note)
+
+
+def trained(rows: Sequence[Row], config: Config, arm: str, batch: int) -> float | None:
+    """Training accuracy in %, running over the last epoch."""
+    cell = cells(config).get(arm, {}).get(batch)
+    found = None if cell is None else mean(rows, "train_accuracy", cell.where, factor=100)
+    return None if found is None else found.value
+
+
+def trained_words(rows: Sequence[Row], config: Config, arm: str, small: int, large: int) -> str:
+    """How well the networks of a pair have fitted: a gap between unlike fits is not one of batches alone."""
+    a, b = (trained(rows, config, arm, batch) for batch in (small, large))
+    if a is None or b is None:
+        return ""
+    return f"batch {small} ends at {a:.1f} % and batch {large} at {b:.1f} % training accuracy"
 
 
 def judged_gap(config: Config, claim_id: str, found: Gap | None, small: int, large: int, cost: float) -> Claim:
@@ -318,7 +334,7 @@ def trend_claim(rows: Sequence[Row], config: Config) -> Claim:
             verdict = Verdict.DIRECTION_ONLY
     falls = {arm: None if (s := slopes(rows, config, arm)) is None else s[0].scaled(-1) for arm in config.arms[1:]}
     survives, control = survival(None if measured is None else measured.scaled(-1), falls)
-    return Claim("trend", "Test accuracy falls with every doubling of the batch", round(about, 2), measured,
+    return Claim("trend", "Test accuracy falls on average per doubling of the batch", round(about, 2), measured,
                  cap(verdict, is_as_written(config)), "points", survives, f"falls (slopes times −1): {control}",
                  seconds(rows, arm_settings(config, "as-written")), note="; ".join(filter(None, parts)))  # fmt: skip
 
@@ -467,8 +483,25 @@ def notes(rows: Sequence[Row], config: Config) -> list[str]:
     ]
     lowest = fit_claim(rows, config).measured
     if lowest is not None and lowest.value < 99.5:
-        found.append(
-            f"At this preset the slowest batch size ends at {lowest.value:.1f} % training accuracy: as written, large "
-            "batches are compared before they have fitted, which is the confound that equal updates remove."
-        )
+        found.append(fit_words(rows, config, lowest.value))
     return found
+
+
+def fit_words(rows: Sequence[Row], config: Config, lowest: float) -> str:
+    """Which networks are compared unfitted: equal updates move the confound to the other end, where epochs are few."""
+    words = (
+        f"At this preset the slowest batch size ends at {lowest:.1f} % training accuracy: as written, large batches "
+        "are compared before they have fitted"
+    )
+    small, large = min(config.batches), max(config.batches)
+    turned = trained_words(rows, config, "equal-updates", small, large)
+    if not turned:
+        return f"{words}."
+    ends = [trained(rows, config, "equal-updates", batch) for batch in (small, large)]
+    if min(end for end in ends if end is not None) < 99.5:
+        words += (
+            f", which equal updates turn round: there {turned}; neither arm compares fitted networks at this preset"
+        )
+    else:
+        words += f"; at equal updates {turned}"
+    return f"{words}."

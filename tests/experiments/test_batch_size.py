@@ -71,9 +71,29 @@ def test_a_scaled_protocol_shows_directions_at_best() -> None:
     assert found["gap"] == found["trend"] == (Verdict.DIRECTION_ONLY, Survives.YES)
     claim = next(claim for claim in study.claims(synthetic(CPU, fall), CPU) if claim.id == "gap")
     assert claim.paper == pytest.approx(1.24, abs=0.01) and "scaled protocol" in claim.note and "paired t" in claim.note
+    trend = next(claim for claim in study.claims(synthetic(CPU, fall), CPU) if claim.id == "trend")
+    assert "on average per doubling" in trend.text  # a slope does not say that every step falls
     smoke = study.PRESETS["smoke"]
     assert {verdict for verdict, _ in verdicts(synthetic(smoke, fall), smoke).values()} == {Verdict.NOT_TESTABLE}
     assert {verdict for verdict, _ in verdicts([], CPU).values()} == {Verdict.NOT_TESTABLE}
+
+
+def test_what_has_not_fitted_is_told() -> None:
+    """Unfitted large batches as written; at equal updates unfitted small ones: a confound turned round, not removed."""
+    rows = synthetic(CPU, fall)
+    for row in rows:
+        if row["metric"] == "train_accuracy" and row["epochs"] == 20 and row["batch_size"] == 512:
+            row["value"] = 0.861
+    (told,) = [note for note in study.notes(rows, CPU) if "slowest" in note]
+    assert "86.1 %" in told and "neither" not in told and "batch 32 ends at 100.0 % and batch 512 at 100.0 %" in told
+    for row in rows:
+        if row["metric"] == "train_accuracy" and row["epochs"] == 5:
+            row["value"] = 0.622
+    (told,) = [note for note in study.notes(rows, CPU) if "slowest" in note]
+    words = "batch 32 ends at 62.2 % and batch 512 at 100.0 % training accuracy"
+    assert f"turn round: there {words}; neither arm compares fitted networks" in told
+    found = {claim.id: claim.note for claim in study.claims(rows, CPU)}
+    assert words in found["equal_updates"] and "batch 512 at 86.1 %" in found["equal_ratio"]
 
 
 def test_one_seed_is_a_direction() -> None:
