@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import shares
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 COMMITTED = json.loads((ROOT / "experiments" / "results" / "ntk_width" / "verdicts.json").read_text())
@@ -42,3 +44,22 @@ def test_norms_benchmark() -> None:
 def test_training_benchmark() -> None:
     fused = [row["wall_ratio"] for row in rows("training-2-threads.json") if "fused" in row["peer"]]
     assert "| plain loop / curvlab | " + " | ".join(f"{ratio:.2f}" for ratio in fused) + " |" in README
+
+
+def test_curvature_benchmark() -> None:
+    measured = shares(rows("hvp-1-thread.json"))
+    what = {
+        "Hessian, one": "Hessian, one vector",
+        "Hessian, eight": "Hessian, eight vectors",
+        "GGN, one": "GGN, one vector",
+        "trace, 32": "trace, 32 probes",
+        "density, 2": "density, 2 x 50 steps",
+        "five top": "five top eigenpairs",
+        "the same 50": "the same 50 training steps later, warm",
+    }
+    for start, case in what.items():
+        line = next(line for line in README.splitlines() if line.startswith(f"| {start}"))
+        shown = [cell.strip() for cell in line.split("|")[2:5]]
+        for subject, cell in zip(("MLP", "CNN", "ResNet-20"), shown, strict=True):
+            found = [s["share"] for s in measured if s["case"].startswith(f"{subject}, N") and s["case"].endswith(case)]
+            assert cell == (f"{found[0]:.2f}" if found else ""), (line, subject)
