@@ -15,6 +15,7 @@
 
 namespace {
 
+using namespace curvlab;
 using namespace curvlab::norms;
 
 // n numbers, `offset` elements behind an allocation's start; the end is the allocation's end, to the byte.
