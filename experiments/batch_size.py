@@ -399,7 +399,7 @@ def laws(rows: Sequence[Row], config: Config) -> list[Law]:
     return [
         *found,
         Law(f"gradients are orthogonal to scale-free weights: largest cosine {radial:.1e} ≤ 1e-3", radial <= 1e-3),
-        Law(f"{words}, equal updates at a lower multiple, {equal:.2g} ×", written > max(1.0, equal)),
+        Law(f"{words}, equal updates at a lower multiple, {equal:.2g} ×", written > 1.0 and written > equal),
     ]
 
 

@@ -8,8 +8,8 @@
 namespace curvlab::hvp::CURVLAB_CPU_CAPABILITY {
 
 #if defined(CURVLAB_CPU_CAPABILITY_AVX512)
-// 16 channels of one window at once, where offsets within an image fit 32 bits: single loads and stores took 3 to 7 ns
-// an element, a quarter of a small network's product.
+// 16 channels of one window at once, where offsets within an image fit 32 bits: with single loads and stores the pools
+// took 18 % of the GGN product of a CNN with 32 to 128 channels.
 struct PooledLanes {
   __mmask16 live;
   __m512i offset;

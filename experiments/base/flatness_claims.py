@@ -345,11 +345,11 @@ def flatness_laws(rows: Sequence[Row], strength: float) -> list[Law]:
         for row in finals(rows, f"moved_{metric}", symmetry=symmetry)
     }
     laws = []
-    if ("relu_rescaling", "sharpness") in found:
+    if ("relu_rescaling", "sharpness") in found and strength >= 20:  # a weaker one need not move it so far
         moved = found["relu_rescaling", "sharpness"]
         moved = max(moved, 1 / moved) if moved > 0 else math.inf
         text = f"rescaling layers by {strength:g} and 1/{strength:g} moves λ_max at least {MOVES:g}-fold: {moved:.3g}"
-        laws.append(Law(text, moved >= MOVES or strength < 20))
+        laws.append(Law(text, moved >= MOVES))
     for symmetry, words in (("relu_rescaling", "rescaled layers"), ("bn_scale", "scale before batch normalization")):
         for metric in ("element_sharpness", "filter_sharpness", "block_sharpness"):
             if (symmetry, metric) in found:

@@ -14,7 +14,8 @@ from curvlab.operators.engines.steps import Slot, Step
 __all__ = ["Plan", "make_plan", "split"]
 
 # Elements of the largest tangent of a pass. Measured, one thread with 2 MB of L2, CNN of 32 to 128 channels: chunks of
-# 16, 32, 64, 128 and 256 images took 277, 247, 233, 220 and 206 ms: calls cost more than caches save.
+# 16, 32, 64 and 128 images took 277, 247, 233 and 220 ms, and in a second run 128 and 256 took 230 and 215: calls cost
+# more than caches save.
 _TARGET_ELEMENTS = 1 << 23
 _FEW_SAMPLES = 16
 
