@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from curvlab.runs.report import Claim
@@ -26,7 +26,7 @@ from curvlab.runs.stats import (
 from curvlab.runs.store import Row
 from experiments.base import paper
 from experiments.base.flatness import INVARIANCE
-from experiments.base.rows import finals
+from experiments.base.rows import by_seed, finals, paired_ratio
 from experiments.base.settings import Setting, above, cap, gap, test_words, values
 from experiments.base.study import Law
 
@@ -88,20 +88,15 @@ class Flatness:
         """
         sides = [self._by_seed(metric, b, arm=arm, point=point, **more) for b in (self.large, self.small)]
         above, below = reversed(sides) if inverse else sides
-        seeds = sorted(set(above) & set(below))
-        if not seeds or min(*above.values(), *below.values()) <= 0:
+        if is_paired:
+            return paired_ratio(above, below)
+        if not set(above) & set(below) or min(*above.values(), *below.values()) <= 0:
             return None
-        if not is_paired:
-            return log_ratio_interval(list(above.values()), list(below.values()))
-        found = geometric_mean_interval([above[seed] / below[seed] for seed in seeds])
-        if not found.has_interval:
-            return replace(found, method="ratio of one seed: no interval")
-        return replace(found, method=f"ratio over common seeds, paired t interval on logs (df={len(seeds) - 1})")
+        return log_ratio_interval(list(above.values()), list(below.values()))
 
     def _by_seed(self, metric: str, batch: int, *, arm: str, point: str, **more: object) -> dict[int, float]:
         setting = self.settings.get((arm, batch, point))
-        found = [] if setting is None else finals(self.rows, metric, **{**setting, **more})
-        return {row["seed"]: row["value"] for row in found if math.isfinite(row["value"])}
+        return {} if setting is None else by_seed(self.rows, metric, **{**setting, **more})
 
     def unpaired(self, metric: str, **where: Any) -> str:
         """For the note: the same ratio by Welch's interval, which takes the seeds as if they were not common."""

@@ -25,7 +25,6 @@ from curvlab.runs.stats import (
     geometric_mean_interval,
     hierarchical_bootstrap,
     holm,
-    log_ratio_interval,
     mean_interval,
     paired,
     welch,
@@ -33,7 +32,8 @@ from curvlab.runs.stats import (
 from curvlab.runs.store import Row
 from curvlab.runs.tables import Table
 from experiments.base.networks import decode_hits
-from experiments.base.rows import finals
+from experiments.base.rows import by_seed, finals, paired_ratio, within_one
+from experiments.base.survival import SHARE, Control, kept_words
 
 Setting = Mapping[str, Any]
 
@@ -55,9 +55,12 @@ def values(rows: Sequence[Row], metric: str, setting: Setting) -> list[float]:
 
 
 def mean(rows: Sequence[Row], metric: str, setting: Setting, *, factor: float = 1.0) -> Estimate | None:
-    """Over seeds, with its t interval."""
+    """Over seeds, with its t interval; a share's does not reach beyond 1."""
     found = values(rows, metric, setting)
-    return mean_interval([factor * value for value in found]) if found else None
+    if not found:
+        return None
+    whole = mean_interval(found)
+    return (within_one(whole) if metric.endswith("_accuracy") else whole).scaled(factor)
 
 
 def geometric(rows: Sequence[Row], metric: str, setting: Setting) -> Estimate | None:
@@ -67,11 +70,10 @@ def geometric(rows: Sequence[Row], metric: str, setting: Setting) -> Estimate | 
 
 
 def ratio(rows: Sequence[Row], metric: str, one: Setting | None, other: Setting | None) -> Estimate | None:
-    """Geometric mean of ``one`` over that of ``other``."""
+    """Geometric mean of ``one`` over that of ``other``, seed by seed; None where they share no seed."""
     if one is None or other is None:
         return None
-    a, b = values(rows, metric, one), values(rows, metric, other)
-    return log_ratio_interval(a, b) if a and b and min(*a, *b) > 0 else None
+    return paired_ratio(by_seed(rows, metric, **one), by_seed(rows, metric, **other))
 
 
 def seconds(rows: Sequence[Row], settings: Iterable[Setting]) -> float:
@@ -107,26 +109,61 @@ class Gap:
         estimate: with the noise of seeds and of test images; without interval where they share one seed only.
         paired: t test over common seeds alone.
         welch: the same without pairing.
+        settings: the two that were compared.
     """
 
     estimate: Estimate
     paired: Comparison
     welch: Comparison
+    settings: tuple[Setting, Setting]
+
+    @property
+    def pair(self) -> frozenset[tuple[tuple[str, Any], ...]]:
+        """The same for both orders: the gap back is no second test."""
+        return frozenset(tuple(sorted(setting.items())) for setting in self.settings)
 
 
 def gap(rows: Sequence[Row], one: Setting, other: Setting) -> Gap | None:
     """Setting ``one`` minus setting ``other`` (factor values that pick each); None where they share no seed."""
-    a, b = _hits(rows, one), _hits(rows, other)
-    seeds = sorted(set(a) & set(b))
+    found = _combined(rows, {1.0: one, -1.0: other})
+    if found is None:
+        return None
+    estimate, arms = found
+    means = [100 * arm.mean(axis=1) for arm in arms]
+    return Gap(estimate, paired(*means), welch(*means), (one, other))
+
+
+def gap_controls(
+    rows: Sequence[Row], written: tuple[Setting, Setting], controls: Mapping[str, tuple[Setting, Setting] | None]
+) -> list[Control]:
+    """What a gap above 0 must hold under: in every control the gap itself, and the half of it that must be kept.
+
+    The second is the interaction of experiments/base/survival.py, seed by seed and image by image: all four networks
+    of a seed are tested on the same images.
+    """
+    found = []
+    for name, pair in controls.items():
+        kept = None
+        if pair is not None:
+            kept = _combined(rows, {1.0: pair[0], -1.0: pair[1], -SHARE: written[0], SHARE: written[1]})
+        found.append(Control(name, interval(gap(rows, *pair)) if pair is not None else None))
+        found.append(Control(kept_words(name), kept[0] if kept is not None else None))
+    return found
+
+
+def _combined(rows: Sequence[Row], parts: Mapping[float, Setting]) -> tuple[Estimate, list[np.ndarray]] | None:
+    """Σ weight · accuracy in points over common seeds, with the noise of seeds and images; the hits of each part."""
+    hits = [_hits(rows, setting) for setting in parts.values()]
+    seeds = sorted(set.intersection(*map(set, hits)))
     if not seeds:
         return None
-    arms = [np.stack([arm[seed] for seed in seeds]) for arm in (a, b)]
+    arms = [np.stack([arm[seed] for seed in seeds]) for arm in hits]
+    whole = sum(weight * arm for weight, arm in zip(parts, arms, strict=True))
     # The generator is asked only from eight seeds on, where the interval is a bootstrap's.
-    found = hierarchical_bootstrap(*arms, rng=np.random.default_rng(0), common_seeds=True).scaled(100)
+    found = hierarchical_bootstrap(whole, rng=np.random.default_rng(0)).scaled(100)
     if len(seeds) == 1:
         found = replace(found, low=math.nan, high=math.nan, method="difference of one seed: no interval")
-    means = [100 * arm.mean(axis=1) for arm in arms]
-    return Gap(found, paired(*means), welch(*means))
+    return found, arms
 
 
 def _hits(rows: Sequence[Row], setting: Setting) -> dict[int, np.ndarray]:
@@ -191,15 +228,21 @@ def test_words(found: Gap | None) -> str:
 
 
 def gap_table(found: Mapping[tuple[str, ...], Gap], columns: Sequence[str], title: str) -> Table:
-    """One row a gap, under its key; Holm's correction over the whole table."""
-    p_values = {key: one.paired.p_value for key, one in found.items() if not math.isnan(one.paired.p_value)}
-    adjusted = holm(p_values) if p_values else {}
+    """One row a gap, under its key; Holm's correction over the table's different pairs of settings.
+
+    A pair that stands under two keys (a cell that two arms share) is one test and counts once.
+    """
+    pairs = {one.pair: one.paired.p_value for one in found.values() if not math.isnan(one.paired.p_value)}
+    adjusted = holm(pairs) if pairs else {}
     lines = [
-        [*key, one.estimate, one.paired.p_value, one.welch.p_value, adjusted.get(key)] for key, one in found.items()
+        [*key, one.estimate, one.paired.p_value, one.welch.p_value, adjusted.get(one.pair)]
+        for key, one in found.items()
     ]
+    repeated = len([one for one in found.values() if one.pair in pairs]) - len(pairs)
     caption = (
         "Differences over common seeds; intervals hold the noise of seeds and of test images (crossed), the tests that "
-        f"of seeds alone. Holm: over the paired p of all {len(p_values)} rows."
+        f"of seeds alone. Holm: over the paired p of {len(pairs)} different comparisons"
+        + (f" ({repeated} of the rows repeat one: cells that two arms share)." if repeated else ".")
     )
     return Table(title, [*columns, "points of test accuracy", "paired p", "Welch p", "Holm p"], lines, caption)
 
