@@ -63,9 +63,12 @@ def verdicts(rows: list[dict], config: sharpness.Config) -> dict[str, tuple[Verd
 
 
 def test_a_sharpness_that_is_loss_and_scale_reproduces_and_does_not_survive() -> None:
-    found = verdicts(synthetic(FULL, {"sharpness": 11.8, "relative_sharpness": 3.0}), FULL)
-    assert found["lambda"] == (Verdict.REPRODUCED, Survives.NO)  # λ/loss is above 1, adaptive sharpness is not
+    ratios = {"sharpness": 11.8, "relative_sharpness": 3.0}
+    found = verdicts(synthetic(FULL, ratios | {"filter_sharpness": 0.8}), FULL)
+    assert found["lambda"] == (Verdict.REPRODUCED, Survives.NO)  # sharper at equal loss, flatter by adaptive sharpness
     assert found["relative_sharpness"][0] is Verdict.REPRODUCED
+    found = verdicts(synthetic(FULL, ratios), FULL)
+    assert found["lambda"] == (Verdict.REPRODUCED, Survives.UNDECIDED)  # adaptive sharpness is 1, on neither side
     assert found["filter_sharpness"][0] is not Verdict.REPRODUCED
     assert found["equal_loss"][0] is Verdict.REPRODUCED
 
@@ -90,13 +93,13 @@ def test_flatter_large_batches_are_not_reproduced() -> None:
     found = verdicts(synthetic(FULL, {"sharpness": 0.5, "relative_sharpness": 0.5, "filter_sharpness": 0.5}), FULL)
     names = ("lambda", "relative_sharpness", "filter_sharpness", "equal_loss")
     assert {found[name][0] for name in names} == {Verdict.NOT_REPRODUCED}
-    assert found["lambda"][1] is Survives.NO
+    assert found["lambda"][1] is Survives.NOT_TESTED  # there is nothing to survive
 
 
 def test_a_scaled_protocol_shows_directions_only() -> None:
     found = verdicts(synthetic(CPU, {"sharpness": 11.8, "relative_sharpness": 3.0, "filter_sharpness": 2.0}), CPU)
     assert found["lambda"] == (Verdict.DIRECTION_ONLY, Survives.YES)
-    assert Verdict.REPRODUCED not in {verdict for name, (verdict, _) in found.items() if name != "power"}
+    assert Verdict.REPRODUCED not in {verdict for verdict, _ in found.values()}
     smoke = sharpness.PRESETS["smoke"]
     assert {v for v, _ in verdicts(synthetic(smoke, {}), smoke).values()} == {Verdict.NOT_TESTABLE}
     assert {v for v, _ in verdicts([], FULL).values()} == {Verdict.NOT_TESTABLE}
@@ -126,7 +129,11 @@ def test_a_network_that_two_arms_share_is_audited_once() -> None:
     for row in (rows := synthetic(CPU, {})):
         if row["epochs"] != CPU.epochs and row["metric"] == "power_lambda":
             row["value"] = 0.0  # what stands at equal updates is not of this claim
-    assert verdicts(rows, CPU)["power"][0] is Verdict.REPRODUCED
+    assert verdicts(rows, CPU)["power"][0] is Verdict.DIRECTION_ONLY  # 5,000 images are not the paper's networks
+    for row in rows:
+        if row["epochs"] == CPU.epochs and row["metric"] == "power_lambda" and row["seed"] == 2:
+            row["value"] *= 0.9
+    assert verdicts(rows, CPU)["power"][0] is Verdict.NOT_REPRODUCED
 
 
 def test_the_gap_is_held_to_the_papers_gap_of_the_same_pair() -> None:
