@@ -64,6 +64,7 @@ from experiments.base.settings import (
     scaled_note,
     seconds,
     test_words,
+    trained_words,
     values,
 )
 from experiments.base.survival import effect_controls, survival
@@ -178,7 +179,7 @@ def control_claim(rows: Sequence[Row], config: Config, arm: str, words: str, sma
     """A control arm's gap, judged like the paper's own."""
     found = arm_gap(rows, config, arm, small, large)
     claim = judged_gap(config, arm.replace("-", "_"), found, small, large, seconds(rows, arm_settings(config, arm)))
-    note = "; ".join(filter(None, (claim.note, trained_words(rows, config, arm, small, large))))
+    note = "; ".join(filter(None, (claim.note, pair_words(rows, config, arm, small, large))))
     return replace(claim, text=f"Control, equal {words}: {claim.text}", paper="not run", note=note)
 
 
@@ -189,12 +190,11 @@ def trained(rows: Sequence[Row], config: Config, arm: str, batch: int) -> float 
     return None if found is None else found.value
 
 
-def trained_words(rows: Sequence[Row], config: Config, arm: str, small: int, large: int) -> str:
-    """How well the networks of a pair have fitted: a gap between unlike fits is not one of batches alone."""
-    a, b = (trained(rows, config, arm, batch) for batch in (small, large))
-    if a is None or b is None:
-        return ""
-    return f"batch {small} ends at {a:.1f} % and batch {large} at {b:.1f} % training accuracy"
+def pair_words(rows: Sequence[Row], config: Config, arm: str, small: int, large: int) -> str:
+    """How well the networks of a pair have fitted."""
+    found = cells(config).get(arm, {})
+    named = {f"batch {batch}": found[batch].where for batch in (small, large) if batch in found}
+    return trained_words(rows, named) if named else ""
 
 
 def judged_gap(config: Config, claim_id: str, found: Gap | None, small: int, large: int, cost: float) -> Claim:
@@ -346,14 +346,12 @@ def fit_words(rows: Sequence[Row], config: Config, lowest: float) -> str:
         "are compared before they have fitted"
     )
     small, large = config.ends
-    turned = trained_words(rows, config, "equal-updates", small, large)
+    turned = pair_words(rows, config, "equal-updates", small, large)
     if not turned:
         return f"{words}."
     ends = [trained(rows, config, "equal-updates", batch) for batch in (small, large)]
     if min(end for end in ends if end is not None) < 99.5:
-        words += (
-            f", which equal updates turn round: there {turned}; neither arm compares fitted networks at this preset"
-        )
+        words += f", which equal updates turn round ({turned}); neither arm compares fitted networks at this preset"
     else:
-        words += f"; at equal updates {turned}"
+        words += f"; at equal updates not ({turned})"
     return f"{words}."

@@ -39,34 +39,32 @@ from curvlab.runs.stats import (
     Estimate,
     Survives,
     Verdict,
-    equivalence,
     judge,
     judge_tolerance,
-    non_inferiority,
 )
 from curvlab.runs.store import Row, Run
 from curvlab.runs.tables import Table
 from curvlab.training.recipe import Recipe
 from curvlab.training.stages import Network, Samples, TrainStage
 from experiments.base import Law, Tools, paper, tuning
+from experiments.base.image_networks import published
 from experiments.base.networks import forecast_stage, run_stage
+from experiments.base.optimizer_report import optimizer_figure, optimizer_tables, where
 from experiments.base.settings import (
-    RESULTS,
-    RESULTS_CAPTION,
     Gap,
     above,
     cap,
     gap,
     gap_controls,
-    gap_table,
     geometric,
     interval,
     mean,
+    no_worse,
     ratio,
-    results,
     scaled_note,
     seconds,
     test_words,
+    trained_words,
     values,
 )
 from experiments.base.survival import survival
@@ -152,6 +150,11 @@ def recipe_of(config: Config, arm: Arm) -> tuple[Recipe, int]:
     return made[arm]
 
 
+def recipes(config: Config) -> dict[str, tuple[Recipe, int]]:
+    """Every arm of the configuration."""
+    return {arm: recipe_of(config, arm) for arm in config.arms}
+
+
 def grid(config: Config) -> Grid | None:
     """How the rates of the pair were chosen; None where one of the two is not run, or nothing is tuned."""
     if not config.tuning or not set(PAIR) <= set(config.arms):
@@ -196,12 +199,12 @@ PRESETS: dict[str, Config] = {
 def expand(config: Config) -> list[Unit]:
     """One unit for every rate of the grid, then for every seed and arm, seed after seed."""
     tuned, channels = grid(config), min(config.channels, tuning.CHANNELS)
-    recipes = {} if tuned is None else tuned.recipes()
+    rates = {} if tuned is None else tuned.recipes()
     images = 0 if tuned is None else tuned.images
     return [
         *(
             Unit(tuning.tuning_arm(arm), recipe, images, tuning.SEED, config.dataset, channels)
-            for (arm, _), recipe in recipes.items()
+            for (arm, _), recipe in rates.items()
         ),
         *(
             Unit(arm, *recipe_of(config, arm), seed, config.dataset, config.channels)
@@ -228,11 +231,6 @@ def forecast(unit: Unit, tools: Tools) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ verdicts from rows
-
-
-def where(arm: str) -> dict[str, str]:
-    """The setting of an arm."""
-    return {"arm": arm}
 
 
 def is_as_written(config: Config) -> bool:
@@ -276,36 +274,12 @@ def gap_of(rows: Sequence[Row], config: Config, one: str, other: str) -> tuple[G
     return found, interval(found), seconds(rows, [where(one), where(other)]), note
 
 
-def no_worse(rows: Sequence[Row], one: str, other: str, margin: float, *, two_sided: bool) -> tuple[Verdict, str]:
-    """Equivalence (TOST) or non-inferiority within ``margin`` points, over common seeds, by test and not by a large p.
-
-    *Reproduced* where the test claims it, *Direction only* where the value alone is within.
-    """
-    found = arm_gap(rows, one, other)
-    if found is None:
-        return Verdict.NOT_TESTABLE, ""
-    within = found.estimate.value >= -margin and (found.estimate.value <= margin or not two_sided)
-    a, b = ([100 * x for x in values(rows, "test_accuracy", where(arm))] for arm in (one, other))
-    if len(a) < 2 or len(a) != len(b):
-        return (Verdict.DIRECTION_ONLY if within else Verdict.NOT_REPRODUCED), "no test: it needs two common seeds"
-    test = (equivalence if two_sided else non_inferiority)(a, b, margin, use_pairs=True)
-    verdict = Verdict.REPRODUCED if within and test.p_value <= 0.05 else Verdict.DIRECTION_ONLY
-    return (verdict if within else Verdict.NOT_REPRODUCED), f"{test.name}: p = {test.p_value:.2g}"
-
-
-def trained_words(rows: Sequence[Row], one: str, other: str) -> str:
-    """Training accuracy (running, last epoch) of two arms: unlike fits are part of what their gap compares."""
-    found = {arm: mean(rows, "train_accuracy", where(arm), factor=100) for arm in (one, other)}
-    words = [f"{arm} {about.value:.1f} %" for arm, about in found.items() if about is not None]
-    return f"training accuracy: {', '.join(words)}" if len(words) == 2 else ""
-
-
 def adam_claim(rows: Sequence[Row], config: Config) -> Claim:
     """An equivalence, by TOST and not by a large p."""
     _, measured, cost, note = gap_of(rows, config, "adam", "sgd-32")
-    verdict, test = no_worse(rows, "adam", "sgd-32", MARGIN, two_sided=True)
-    trained = trained_words(rows, "adam", "sgd-32")
-    about = statistics.mean(paper.ADAM_ACCURACY) - statistics.mean(paper.BATCH_ACCURACY[32])
+    verdict, test = no_worse(rows, where("adam"), where("sgd-32"), MARGIN, two_sided=True)
+    trained = trained_words(rows, {arm: where(arm) for arm in ("adam", "sgd-32")})
+    about = statistics.mean(paper.ADAM_ACCURACY) - published(32)
     text = f"Adam is within {MARGIN} points of small-batch SGD"
     return Claim("adam", text, round(about, 2), measured, cap(verdict, is_as_written(config)), "points",
                  cost_seconds=cost, note="; ".join(filter(None, (test, trained, note))))  # fmt: skip
@@ -314,17 +288,18 @@ def adam_claim(rows: Sequence[Row], config: Config) -> Claim:
 def adam_batch_claim(rows: Sequence[Row], config: Config) -> Claim:
     """Adam against momentum SGD of its own batch size."""
     _, measured, cost, note = gap_of(rows, config, "adam", "sgd-128")
-    about = statistics.mean(paper.ADAM_ACCURACY) - statistics.mean(paper.BATCH_ACCURACY[128])
+    about = statistics.mean(paper.ADAM_ACCURACY) - published(128)
     verdict = cap(judge(measured, about, 0.0), is_as_written(config))
     text = f"Adam tests better than SGD at the same batch of {config.batch}"
-    note = "; ".join(filter(None, (trained_words(rows, "adam", "sgd-128"), note)))
+    trained = trained_words(rows, {arm: where(arm) for arm in ("adam", "sgd-128")})
+    note = "; ".join(filter(None, (trained, note)))
     return Claim("adam_batch", text, round(about, 2), measured, verdict, "points", cost_seconds=cost, note=note)
 
 
 def full_batch_claim(rows: Sequence[Row], config: Config) -> Claim:
     """The paper's argument that noise is necessary; it survives if the tuned pair keeps the gap, and half of it."""
     _, measured, cost, note = gap_of(rows, config, "sgd-128", "full-batch")
-    about = statistics.mean(paper.BATCH_ACCURACY[128]) - statistics.mean(paper.FULL_BATCH_ACCURACY)
+    about = published(128) - statistics.mean(paper.FULL_BATCH_ACCURACY)
     verdict = cap(judge(measured, about, 0.0), is_as_written(config))
     tuned, few = where(PAIR[0]), where(PAIR[1])
     name = "both tuned, the same images and updates"
@@ -350,7 +325,7 @@ def undertrained_claim(rows: Sequence[Row], config: Config) -> Claim:
 def tuned_claim(rows: Sequence[Row], config: Config) -> Claim:
     """Noise is not needed if full-batch descent is no worse, once both are tuned alike."""
     _, measured, cost, note = gap_of(rows, config, *PAIR)
-    verdict, test = no_worse(rows, *PAIR, TUNED_MARGIN, two_sided=False)
+    verdict, test = no_worse(rows, where(PAIR[0]), where(PAIR[1]), TUNED_MARGIN, two_sided=False)
     updates, tuned = recipe_of(config, PAIR[0])[0].epochs, grid(config)
     losses = [geometric(rows, "fit_loss", where(arm)) for arm in PAIR]
     shown = [f"{loss.value:.2g}" for loss in losses if loss is not None]
@@ -365,7 +340,7 @@ def tuned_claim(rows: Sequence[Row], config: Config) -> Claim:
 def momentum_claim(rows: Sequence[Row], config: Config) -> Claim:
     """At small rates momentum is a rescaled rate: a positive control of the comparison."""
     _, measured, cost, note = gap_of(rows, config, "plain-sgd", "sgd-128")
-    verdict, test = no_worse(rows, "plain-sgd", "sgd-128", MARGIN, two_sided=True)
+    verdict, test = no_worse(rows, where("plain-sgd"), where("sgd-128"), MARGIN, two_sided=True)
     text = f"Control: plain SGD at lr/(1 − β) is within {MARGIN} points of momentum SGD"
     return Claim("momentum", text, "theory: 0", measured, cap(verdict, is_as_written(config)), "points",
                  cost_seconds=cost, note="; ".join(filter(None, (test, note))))  # fmt: skip
@@ -411,73 +386,16 @@ def laws(rows: Sequence[Row], config: Config) -> list[Law]:
 # ------------------------------------------------------------------------------------------------ tables and figures
 
 
-def published_of(arm: str) -> tuple[float, ...]:
-    """The paper's seeds of an arm, empty where it has none."""
-    known = {
-        "sgd-32": paper.BATCH_ACCURACY[32],
-        "sgd-128": paper.BATCH_ACCURACY[128],
-        "adam": paper.ADAM_ACCURACY,
-        "full-batch": paper.FULL_BATCH_ACCURACY,
-    }
-    return known.get(arm, ())
-
-
 def tables(rows: Sequence[Row], config: Config) -> list[Table]:
-    """T6: every arm; then the gaps with their tests."""
-    lines = []
-    for arm in config.arms:
-        recipe, images = recipe_of(config, arm)
-        updates = recipe.epochs * recipe.steps_per_epoch(images)
-        about = published_of(arm) if has_papers_rates(config) else ()
-        start = [arm, images, recipe.batch_size, recipe.lr, recipe.epochs, updates]
-        lines.append([*start, round(statistics.mean(about), 2) if about else None, *results(rows, where(arm))])
-    columns = ["arm", "images", "batch", "lr", "epochs", "updates", "paper %", *RESULTS]
-    caption = f"{RESULTS_CAPTION} The paper's numbers: CNN(32), 80 epochs, 50,000 images (full-batch: 5,000)."
-    pairs = [
-        ("adam", "sgd-32"), ("adam", "sgd-128"), ("sam", "sgd-128"), ("plain-sgd", "sgd-128"),
-        ("full-batch", "sgd-128"), ("full-batch-tuned", "sgd-few"),
-    ]  # fmt: skip
-    found = {pair: one for pair in pairs if (one := arm_gap(rows, *pair)) is not None}
-    shown = [Table("Accuracy by optimizer", columns, lines, caption), gap_table(found, ["arm", "minus"], "Differences")]
-    if (tuned := grid(config)) is not None:
-        shown.append(tuned.table(rows))
-    return shown
+    """T6: every arm; then the gaps with their tests, and how the pair was tuned."""
+    found = optimizer_tables(rows, recipes(config), show_paper=has_papers_rates(config))
+    tuned = grid(config)
+    return found if tuned is None else [*found, tuned.table(rows)]
 
 
 def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
     """F8: test accuracy by arm; training loss through the epochs."""
-    figure, (left, right) = draw.new_figure(1, 2, size=(11.6, 4.4))
-    shown = [arm for arm in config.arms if values(rows, "test_accuracy", where(arm))]
-    for place, arm in enumerate(shown):
-        accuracies = [100 * value for value in values(rows, "test_accuracy", where(arm))]
-        draw.plot_groups(left, {float(place): accuracies}, series=config.arms.index(arm), connect=False)
-    if is_as_written(config):
-        marks = [(place, about) for place, arm in enumerate(shown) for about in published_of(arm)]
-        if marks:
-            draw.plot_published(left, [x for x, _ in marks], [y for _, y in marks], label="paper")
-            draw.add_legend(left)
-    draw.set_axes(left, title="Last epoch", ylabel="test accuracy (%)", x_ticks=list(range(len(shown))))
-    left.set_xticklabels(shown, rotation=35, ha="right")
-    for arm in shown:
-        loss_curve(right, rows, arm, config.arms.index(arm))
-    draw.set_axes(right, title="Training", xlabel="updates", ylabel="training loss (nats)", log_x=True, log_y=True)
-    draw.add_legend(right, fontsize=7.5)
-    caption = (
-        "Left: dots are seeds, markers means with 95 % intervals over seeds; the last two arms see "
-        f"{config.few_images:,} images. Right: running training loss of seed 0 after each epoch."
-    )
-    return [draw.Figure("optimizers", "Test accuracy and training by optimizer", caption, figure)]
-
-
-def loss_curve(axes: Any, rows: Sequence[Row], arm: str, series: int) -> None:
-    """Running training loss of seed 0 against the updates made."""
-    line = sorted(
-        (row["step"], row["value"])
-        for row in rows
-        if row["metric"] == "train_loss" and row["arm"] == arm and row["seed"] == 0 and row["value"] > 0
-    )
-    color, style = draw.SERIES[series % len(draw.SERIES)], "-" if series < len(draw.SERIES) else "--"
-    axes.plot([x for x, _ in line], [y for _, y in line], color=color, linestyle=style, linewidth=1.4, label=arm)
+    return [optimizer_figure(rows, recipes(config), show_paper=is_as_written(config))]
 
 
 def notes(rows: Sequence[Row], config: Config) -> list[str]:
@@ -489,18 +407,5 @@ def notes(rows: Sequence[Row], config: Config) -> list[str]:
         "Full-batch steps still normalize by the batch, which is here all images.",
     ]
     if (tuned := grid(config)) is not None:
-        found.insert(1, tuned_words(config, tuned))
+        found.insert(1, tuned.words(config.channels, config.few_images, recipe_of(config, PAIR[0])[0].epochs))
     return found
-
-
-def tuned_words(config: Config, tuned: Grid) -> str:
-    """How the pair got its rates, and what that does not cover."""
-    channels, updates = min(config.channels, tuning.CHANNELS), recipe_of(config, PAIR[0])[0].epochs
-    words = (
-        f"{' and '.join(PAIR)} take the best of the same {len(tuned.rates)} rates by training loss after "
-        f"{tuning.UPDATES} updates of CNN({channels}) on the first {tuned.images:,} images: the same budget for both, "
-        f"and fewer than their {updates:,} updates here"
-    )
-    if channels < config.channels or tuned.images < config.few_images:
-        words += f", on a smaller network or fewer images than theirs (CNN({config.channels}), {config.few_images:,})"
-    return f"{words}."

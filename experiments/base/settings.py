@@ -20,12 +20,13 @@ from curvlab.runs import figures as draw
 from curvlab.runs.stats import (
     Comparison,
     Estimate,
-    Survives,
     Verdict,
+    equivalence,
     geometric_mean_interval,
     hierarchical_bootstrap,
     holm,
     mean_interval,
+    non_inferiority,
     paired,
     welch,
 )
@@ -198,33 +199,38 @@ def above(estimate: Estimate | None, bound: float) -> Verdict:
     return Verdict.DIRECTION_ONLY if estimate.value > bound else Verdict.NOT_REPRODUCED
 
 
-def survival(written: Estimate | None, controls: Mapping[str, Estimate | None]) -> tuple[Survives, str]:
-    """Does a gap above 0 outlive its controls?
-
-    A control keeps it if its interval lies above 0 and its value is at least half of the gap as written. Yes iff every
-    control keeps it; no iff one does not, and its interval lies wholly below the gap as written (or below 0); between
-    the two the seeds do not decide, and it counts as not tested.
-    """
-    rule = (
-        "rule: yes iff in every control the interval is above 0 and the value at least half as written, no iff one "
-        "fails this with its interval wholly below the gap as written"
-    )
-    known = {name: found for name, found in controls.items() if found is not None and found.has_interval}
-    if written is None or len(known) < len(controls) or not known:
-        return Survives.NOT_TESTED, rule
-    told = f"{rule}; as written {written}; " + "; ".join(f"{name} {found}" for name, found in known.items())
-    lost = [found for found in known.values() if not (found.low > 0 and found.value >= written.value / 2)]
-    if not lost:
-        return Survives.YES, told
-    if any(found.high < max(written.value, 0.0) for found in lost):
-        return Survives.NO, told
-    return Survives.NOT_TESTED, f"{told}: undecided with these seeds"
-
-
 def test_words(found: Gap | None) -> str:
     """Paired test with Welch's beside it."""
     tests = () if found is None else (found.paired, found.welch)
     return ", ".join(f"{test.name} p = {test.p_value:.2g}" for test in tests if not math.isnan(test.p_value))
+
+
+def no_worse(
+    rows: Sequence[Row], one: Setting, other: Setting, margin: float, *, two_sided: bool
+) -> tuple[Verdict, str]:
+    """Equivalence (TOST) or non-inferiority within ``margin`` points, over common seeds, by test and not by a large p.
+
+    *Reproduced* where the test claims it, *Direction only* where the value alone is within. The text names the test.
+    """
+    found = gap(rows, one, other)
+    if found is None:
+        return Verdict.NOT_TESTABLE, ""
+    within = found.estimate.value >= -margin and (found.estimate.value <= margin or not two_sided)
+    a, b = (by_seed(rows, "test_accuracy", **setting) for setting in (one, other))
+    seeds = sorted(set(a) & set(b))
+    if len(seeds) < 2:
+        return (Verdict.DIRECTION_ONLY if within else Verdict.NOT_REPRODUCED), "no test: it needs two common seeds"
+    ones, others = ([100 * arm[seed] for seed in seeds] for arm in (a, b))
+    test = (equivalence if two_sided else non_inferiority)(ones, others, margin, use_pairs=True)
+    verdict = Verdict.REPRODUCED if within and test.p_value <= 0.05 else Verdict.DIRECTION_ONLY
+    return (verdict if within else Verdict.NOT_REPRODUCED), f"{test.name}: p = {test.p_value:.2g}"
+
+
+def trained_words(rows: Sequence[Row], arms: Mapping[str, Setting]) -> str:
+    """Training accuracy (running, last epoch): unlike fits are part of what a gap compares."""
+    found = {name: mean(rows, "train_accuracy", setting, factor=100) for name, setting in arms.items()}
+    words = [f"{one.value:.1f} % ({name})" for name, one in found.items() if one is not None]
+    return f"training accuracy: {', '.join(words)}" if len(words) == len(found) else ""
 
 
 def gap_table(found: Mapping[tuple[str, ...], Gap], columns: Sequence[str], title: str) -> Table:

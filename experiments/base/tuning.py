@@ -67,6 +67,18 @@ class Grid:
             found.append(Law(text, best == self.chosen[arm]))
         return found
 
+    def words(self, channels: int, images: int, updates: int) -> str:
+        """How the arms got their rates, and what that does not cover of a network, images and updates of theirs."""
+        tuned = min(channels, CHANNELS)
+        words = (
+            f"{' and '.join(self.batches)} take the best of the same {len(self.rates)} rates by training loss after "
+            f"{UPDATES} updates of CNN({tuned}) on the first {self.images:,} images: the same budget for both, against "
+            f"their {updates:,} updates here"
+        )
+        if tuned < channels or self.images < images:
+            words += f", on a smaller network or fewer images than theirs (CNN({channels}), {images:,})"
+        return f"{words}."
+
     def table(self, rows: Sequence[Row]) -> Table:
         """One row an arm, one column a rate."""
         recipes = self.recipes()

@@ -97,15 +97,15 @@ def test_what_has_not_fitted_is_told() -> None:
         if row["metric"] == "train_accuracy" and row["epochs"] == 20 and row["batch_size"] == 512:
             row["value"] = 0.861
     (told,) = [note for note in study.notes(rows, CPU) if "slowest" in note]
-    assert "86.1 %" in told and "neither" not in told and "batch 32 ends at 100.0 % and batch 512 at 100.0 %" in told
+    assert "86.1 %" in told and "neither" not in told and "not (training accuracy: 100.0 % (batch 32), 100.0 %" in told
     for row in rows:
         if row["metric"] == "train_accuracy" and row["epochs"] == 5:
             row["value"] = 0.622
     (told,) = [note for note in study.notes(rows, CPU) if "slowest" in note]
-    words = "batch 32 ends at 62.2 % and batch 512 at 100.0 % training accuracy"
-    assert f"turn round: there {words}; neither arm compares fitted networks" in told
+    words = "training accuracy: 62.2 % (batch 32), 100.0 % (batch 512)"
+    assert f"turn round ({words}); neither arm compares fitted networks" in told
     found = {claim.id: claim.note for claim in study.claims(rows, CPU)}
-    assert words in found["equal_updates"] and "batch 512 at 86.1 %" in found["equal_ratio"]
+    assert words in found["equal_updates"] and "86.1 % (batch 512)" in found["equal_ratio"]
 
 
 def test_one_seed_is_a_direction() -> None:

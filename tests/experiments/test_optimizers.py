@@ -101,8 +101,8 @@ def test_unlike_fits_are_told() -> None:
         if row["arm"] == "sgd-few" and row["metric"] == "fit_loss":
             row["value"] = 0.29
     found = {claim.id: claim for claim in study.claims(rows, CPU)}
-    assert "training accuracy: adam 89.7 %, sgd-32 100.0 %" in found["adam"].note
-    assert "training accuracy: adam 89.7 %, sgd-128 100.0 %" in found["adam_batch"].note
+    assert "training accuracy: 89.7 % (adam), 100.0 % (sgd-32)" in found["adam"].note
+    assert "training accuracy: 89.7 % (adam), 100.0 % (sgd-128)" in found["adam_batch"].note
     text = next(claim.text for claim in study.claims(rows, CPU) if claim.id == "full_batch_tuned")
     assert "both tuned (training loss 0.001 against 0.29)" in text
 

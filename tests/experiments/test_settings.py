@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from curvlab.data import Dataset, load
-from curvlab.runs.stats import Estimate, Survives, Verdict, log_ratio_interval
+from curvlab.runs.stats import Estimate, Verdict, log_ratio_interval
 from curvlab.runs.store import RunStore
 from curvlab.training import Network, Recipe, Samples, TrainStage
 from experiments.base.networks import correct, decode_hits, encode_hits, forecast_stage, radial_cosine, run_stage
@@ -26,7 +26,6 @@ from experiments.base.settings import (
     ratio,
     results,
     seconds,
-    survival,
     values,
 )
 from experiments.base.study import Tools
@@ -73,20 +72,6 @@ def test_a_gap_takes_common_seeds_and_one_seed_has_no_interval() -> None:
     found = gap(pair((85.0, 90.0), (84.0,)), ONE, OTHER)
     assert found is not None and found.estimate.value == pytest.approx(1.0) and not found.estimate.has_interval
     assert gap(pair((85.0,), ()), ONE, OTHER) is None
-
-
-def test_survival_has_three_outcomes() -> None:
-    written = estimate(1.0, 2.0, 3.0)
-    yes = {"a": estimate(0.1, 1.0, 1.9), "b": estimate(0.5, 2.0, 3.5)}
-    assert survival(written, yes)[0] is Survives.YES  # smaller, and still there in both
-    assert survival(written, yes | {"b": estimate(0.1, 0.3, 0.5)})[0] is Survives.NO  # there, but not half of it
-    assert survival(written, yes | {"b": estimate(-1.0, 0.2, 1.4)})[0] is Survives.NO
-    assert survival(written, yes | {"b": estimate(-3.0, -2.0, -1.0)})[0] is Survives.NO
-    assert survival(written, yes | {"b": estimate(-1.0, 1.0, 3.0)})[0] is Survives.NOT_TESTED
-    assert survival(written, yes | {"b": None})[0] is Survives.NOT_TESTED
-    assert survival(None, yes)[0] is Survives.NOT_TESTED
-    assert survival(estimate(-1, -0.5, 0), {"a": estimate(-0.4, -0.3, -0.2)})[0] is Survives.NO
-    assert survival(written, {"a": estimate(-0.1, 1.0, 1.9)})[0] is Survives.NO  # smaller, and perhaps gone
 
 
 def test_verdict_helpers() -> None:
