@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from curvlab.runs import figures as draw
@@ -15,7 +17,7 @@ from experiments.base.settings import (
     RESULTS,
     RESULTS_CAPTION,
     Gap,
-    accuracy_panel,
+    Setting,
     gap,
     gap_table,
     results,
@@ -63,7 +65,8 @@ def batch_figures(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> list[
     papers = " Hollow diamonds: the paper." if config.trains_as_written else ""
     together = (
         f"{SEEDS}{papers} The same networks against three things that change together as written; numbers: batch "
-        "sizes, each cell in the color of its first arm. Points that share an abscissa stand side by side."
+        "sizes, each cell in the color of its first arm. Points that (nearly) share an abscissa stand side by "
+        "side around it."
     )
     return [
         draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", together,
@@ -94,6 +97,68 @@ def accuracy_figure(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> Mat
         axes.margins(x=0.1)
         draw.add_legend(axes)
     return figure
+
+
+def accuracy_panel(
+    axes: Axes, rows: Sequence[Row], arms: Mapping[str, Mapping[str, tuple[float, Setting]]], *, lines: bool
+) -> list[float]:
+    """Test accuracy against a logarithmic abscissa; returns the ticks.
+
+    Args:
+        axes: where.
+        rows: long rows.
+        arms: per arm, label of each setting -> (abscissa, setting).
+        lines: join the settings of an arm and show a setting in every arm that holds it; else each setting once, in the
+            color of its first arm, with its label beside it.
+    """
+    points: list[tuple[int, str, float, Setting, list[float]]] = []
+    for series, found in enumerate(arms.values()):
+        for label, (x, setting) in found.items():
+            accuracies = [100 * value for value in values(rows, "test_accuracy", setting)]
+            if accuracies and (lines or all(setting != drawn for _, _, _, drawn, _ in points)):
+                points.append((series, label, x, setting, accuracies))
+    if not points:
+        return []
+    shown = side_by_side([x for _, _, x, _, _ in points])
+    joined: dict[int, list[tuple[float, float]]] = {}
+    for (series, label, _, _, accuracies), x in zip(points, shown, strict=True):
+        line = joined.setdefault(series, [])
+        named = "" if line else list(arms)[series]
+        draw.plot_groups(axes, {x: accuracies}, series=series, label=named, connect=False)
+        line.append((x, statistics.mean(accuracies)))
+        if not lines:
+            axes.annotate(label, line[-1], xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7.5,
+                          color=draw.SERIES[series])  # fmt: skip
+    for series, line in joined.items() if lines else ():
+        axes.plot(*zip(*line, strict=True), color=draw.SERIES[series], alpha=0.55)
+    return _spaced({float(f"{x:.4g}") for _, _, x, _, _ in points})
+
+
+def side_by_side(xs: Sequence[float]) -> list[float]:
+    """Abscissae of a logarithmic axis: those less than a 20th of its length apart would hide each other.
+
+    They are set that far apart around their common middle; all others stay where they are.
+    """
+    step = (max(xs) / min(xs)) ** 0.05
+    shown = list(xs)
+    order = sorted(range(len(xs)), key=lambda i: xs[i])
+    while order:
+        near = [i for i in order if xs[i] <= xs[order[0]] * step]
+        order = order[len(near) :]
+        middle = statistics.geometric_mean([xs[i] for i in near])
+        if len(near) > 1:
+            for place, i in enumerate(near):
+                shown[i] = middle * step ** (place - (len(near) - 1) / 2)
+    return shown
+
+
+def _spaced(ticks: set[float]) -> list[float]:
+    """Ticks at least a factor 1.6 apart: labels of nearer ones would touch."""
+    kept: list[float] = []
+    for tick in sorted(ticks):
+        if not kept or tick >= 1.6 * kept[-1]:
+            kept.append(tick)
+    return kept
 
 
 def confounds_figure(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> MatplotlibFigure:

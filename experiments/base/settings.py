@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from curvlab.runs import figures as draw
 from curvlab.runs.stats import (
     Comparison,
     Estimate,
@@ -251,50 +249,3 @@ def gap_table(found: Mapping[tuple[str, ...], Gap], columns: Sequence[str], titl
         + (f" ({repeated} of the rows repeat one: cells that two arms share)." if repeated else ".")
     )
     return Table(title, [*columns, "points of test accuracy", "paired p", "Welch p", "Holm p"], lines, caption)
-
-
-# ------------------------------------------------------------------------------------------------ a panel
-
-
-def accuracy_panel(
-    axes: Axes, rows: Sequence[Row], arms: Mapping[str, Mapping[str, tuple[float, Setting]]], *, lines: bool
-) -> list[float]:
-    """Test accuracy against a logarithmic abscissa; returns the ticks.
-
-    Args:
-        axes: where.
-        rows: long rows.
-        arms: per arm, label of each setting -> (abscissa, setting).
-        lines: join the settings of an arm and show a setting in every arm that holds it; else each setting once, in the
-            color of its first arm, with its label beside it.
-    """
-    ticks: set[float] = set()
-    drawn: list[Setting] = []
-    middle = (max(map(len, arms.values())) - 1) / 2
-    for series, (arm, found) in enumerate(arms.items()):
-        line: list[tuple[float, float]] = []
-        for rank, (label, (x, setting)) in enumerate(found.items()):
-            accuracies = [100 * value for value in values(rows, "test_accuracy", setting)]
-            if not accuracies or (setting in drawn and not lines):
-                continue
-            drawn.append(setting)
-            ticks.add(float(f"{x:.4g}"))
-            # Side by side: arms that share a setting, or settings that share an abscissa, would hide each other.
-            shifted = x * (1.05 ** (series - 1) if lines else 1.06 ** (rank - middle))
-            draw.plot_groups(axes, {shifted: accuracies}, series=series, label="" if line else arm, connect=False)
-            line.append((shifted, statistics.mean(accuracies)))
-            if not lines:
-                axes.annotate(label, line[-1], xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7.5,
-                              color=draw.SERIES[series])  # fmt: skip
-        if lines and line:
-            axes.plot(*zip(*line, strict=True), color=draw.SERIES[series], alpha=0.55)
-    return _spaced(ticks)
-
-
-def _spaced(ticks: set[float]) -> list[float]:
-    """Ticks at least a factor 1.6 apart: labels of nearer ones would touch."""
-    kept: list[float] = []
-    for tick in sorted(ticks):
-        if not kept or tick >= 1.6 * kept[-1]:
-            kept.append(tick)
-    return kept

@@ -11,6 +11,7 @@ import pytest
 from curvlab.runs.stats import Survives, Verdict
 from experiments import batch_size as study
 from experiments.base import paper
+from experiments.base.batch_report import side_by_side
 from experiments.base.image_networks import Cell
 from experiments.base.study import configure, load_study
 from tests.experiments.gaps import network_rows
@@ -162,6 +163,20 @@ def test_tables_figures_and_laws() -> None:
     good = synthetic(smoke, fall)
     assert [law.holds for law in study.laws(good, smoke)] == [True, True, False]  # the losses here rise with epochs
     assert all(note for note in study.notes(rows, CPU))
+
+
+def test_points_move_only_where_they_would_hide_each_other() -> None:
+    apart = [100.0, 1000.0, 200.0]
+    assert side_by_side(apart) == apart
+    shown = side_by_side([800.0, 200.0, 785.0, 3140.0, 800.0])
+    assert shown[1] == 200.0 and shown[3] == 3140.0  # alone: where they belong
+    near = [shown[2], shown[0], shown[4]]  # the order of the values, then that given
+    step = (3140 / 200) ** 0.05
+    assert near[1] / near[0] == pytest.approx(step) and near[2] / near[1] == pytest.approx(step)
+    assert near[1] == pytest.approx((800 * 785 * 800) ** (1 / 3))  # around their middle
+    assert side_by_side([64.0, 64.0]) == pytest.approx(
+        [64.0, 64.0]
+    )  # an axis of one value: no length to stand apart on
 
 
 def test_overrides_parse_and_nonsense_is_refused() -> None:
