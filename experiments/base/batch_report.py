@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from curvlab.runs import figures as draw
+from curvlab.runs.stats import mean_interval
 from curvlab.runs.store import Row
 from curvlab.runs.tables import Table
 from experiments.base.image_networks import BatchGrid, Cell, published
@@ -71,7 +72,7 @@ def batch_figures(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> list[
     return [
         draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", together,
                     accuracy_figure(rows, config, cells)),
-        draw.Figure("confounds", "What else the batch size changes", f"{SEEDS} Geometric means.",
+        draw.Figure("confounds", "What else the batch size changes", f"{SEEDS} Geometric means. Arms that share a cell coincide.",
                     confounds_figure(rows, config, cells)),
     ]  # fmt: skip
 
@@ -109,7 +110,7 @@ def accuracy_panel(
         rows: long rows.
         arms: per arm, label of each setting -> (abscissa, setting).
         lines: join the settings of an arm and show a setting in every arm that holds it; else each setting once, in the
-            color of its first arm, with its label beside it.
+            color of its first arm, with its label above it.
     """
     points: list[tuple[int, str, float, Setting, list[float]]] = []
     for series, found in enumerate(arms.values()):
@@ -127,7 +128,11 @@ def accuracy_panel(
         draw.plot_groups(axes, {x: accuracies}, series=series, label=named, connect=False)
         line.append((x, statistics.mean(accuracies)))
         if not lines:
-            axes.annotate(label, line[-1], xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7.5,
+            about = mean_interval(accuracies)
+            top = (
+                about.high if about.has_interval else max(accuracies)
+            )  # beside it a neighbor's bar would cross the label
+            axes.annotate(label, (x, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7.5,
                           color=draw.SERIES[series])  # fmt: skip
     for series, line in joined.items() if lines else ():
         axes.plot(*zip(*line, strict=True), color=draw.SERIES[series], alpha=0.55)

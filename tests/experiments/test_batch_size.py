@@ -174,9 +174,7 @@ def test_points_move_only_where_they_would_hide_each_other() -> None:
     step = (3140 / 200) ** 0.05
     assert near[1] / near[0] == pytest.approx(step) and near[2] / near[1] == pytest.approx(step)
     assert near[1] == pytest.approx((800 * 785 * 800) ** (1 / 3))  # around their middle
-    assert side_by_side([64.0, 64.0]) == pytest.approx(
-        [64.0, 64.0]
-    )  # an axis of one value: no length to stand apart on
+    assert side_by_side([64.0, 64.0]) == pytest.approx([64.0, 64.0])  # one value: no length to stand apart on
 
 
 def test_overrides_parse_and_nonsense_is_refused() -> None:
