@@ -72,7 +72,8 @@ def batch_figures(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> list[
     return [
         draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", together,
                     accuracy_figure(rows, config, cells)),
-        draw.Figure("confounds", "What else the batch size changes", f"{SEEDS} Geometric means. Arms that share a cell coincide.",
+        draw.Figure("confounds", "What else the batch size changes",
+                    f"{SEEDS} Geometric means. Arms that share a cell coincide.",
                     confounds_figure(rows, config, cells)),
     ]  # fmt: skip
 
