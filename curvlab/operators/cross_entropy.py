@@ -109,7 +109,11 @@ class SoftmaxCrossEntropy(CurvedLoss):
         return loss if q is None else loss - (q * centered).sum()
 
     def weight(self, outputs: Tensor | None, targets: Tensor) -> float:
-        """The sum of the weights of the labels that count; with probabilities the number of rows."""
+        """The sum of the weights of the labels that count; with probabilities the number of rows.
+
+        Raises:
+            ValueError: negative labels beside ``ignore_index``, or labels for which there is no class weight.
+        """
         if targets.is_floating_point():
             if targets.ndim < 2:
                 raise ValueError(
@@ -118,9 +122,11 @@ class SoftmaxCrossEntropy(CurvedLoss):
                 )
             return float(targets.numel() // targets.shape[1]) if targets.numel() else 0.0
         kept = targets[targets != self.ignore_index]
+        # Here and not in total: a label past the end ends a CUDA context, and -1 would be the weight of the last class.
+        _check_labels(kept, None if self.class_weights is None else len(self.class_weights))
         if self.class_weights is None:
             return float(kept.numel())
-        return float(self.class_weights.to(kept.device)[kept].double().sum())
+        return float(self.class_weights.to(kept.device)[kept.long()].double().sum())
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``delta``, shaped as the outputs; delta_y is minus the sum of the others, not ``p_y - 1``."""
@@ -144,12 +150,15 @@ class SoftmaxCrossEntropy(CurvedLoss):
         return OuterProductCurvature(torch.stack(vectors), classes_last=True)
 
 
-def _check_labels(label: Tensor, classes: int) -> None:
+def _check_labels(label: Tensor, classes: int | None) -> None:
     """A label that names no class is nobody's: the formulas would take it for an unlabeled row without a word."""
-    if label.numel() and not bool(((label >= 0) & (label < classes)).all()):
-        low, high = int(label.min()), int(label.max())
+    if not label.numel():
+        return
+    low, high = int(label.min()), int(label.max())
+    if low < 0 or (classes is not None and high >= classes):
+        bound = "C" if classes is None else classes
         raise ValueError(
-            f"SoftmaxCrossEntropy: targets must be in [0, {classes}) (from outputs) or ignore_index, "
+            f"SoftmaxCrossEntropy: targets must be in [0, {bound}) (classes) or ignore_index, "
             f"got {low if low < 0 else high}"
         )
 
