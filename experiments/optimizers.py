@@ -51,7 +51,6 @@ from experiments.base.image_networks import published
 from experiments.base.networks import forecast_stage, run_stage
 from experiments.base.optimizer_report import optimizer_figure, optimizer_tables, where
 from experiments.base.settings import (
-    Gap,
     above,
     cap,
     gap,
@@ -262,43 +261,36 @@ def claims(rows: Sequence[Row], config: Config) -> list[Claim]:
     return [replace(claim, verdict=Verdict.NOT_TESTABLE, survives=Survives.NOT_TESTED, note="") for claim in found]
 
 
-def arm_gap(rows: Sequence[Row], one: str, other: str) -> Gap | None:
-    """Test accuracy of one arm minus another's."""
-    return gap(rows, where(one), where(other))
-
-
-def gap_of(rows: Sequence[Row], config: Config, one: str, other: str) -> tuple[Gap | None, Estimate | None, float, str]:
-    """Gap, its interval, what the two arms cost, and the words below the verdict."""
-    found = arm_gap(rows, one, other)
-    note = "; ".join(part for part in (test_words(found), scaled_note(is_as_written(config), config)) if part)
-    return found, interval(found), seconds(rows, [where(one), where(other)]), note
+def gap_of(rows: Sequence[Row], config: Config, one: str, other: str) -> tuple[Estimate | None, float, str]:
+    """The gap's interval, what the two arms cost, and the words below the verdict: tests, fits, scale."""
+    found = gap(rows, where(one), where(other))
+    fits = trained_words(rows, {arm: where(arm) for arm in (one, other)})
+    words = (test_words(found), fits, scaled_note(is_as_written(config), config))
+    return interval(found), seconds(rows, [where(one), where(other)]), "; ".join(filter(None, words))
 
 
 def adam_claim(rows: Sequence[Row], config: Config) -> Claim:
     """An equivalence, by TOST and not by a large p."""
-    _, measured, cost, note = gap_of(rows, config, "adam", "sgd-32")
+    measured, cost, note = gap_of(rows, config, "adam", "sgd-32")
     verdict, test = no_worse(rows, where("adam"), where("sgd-32"), MARGIN, two_sided=True)
-    trained = trained_words(rows, {arm: where(arm) for arm in ("adam", "sgd-32")})
     about = statistics.mean(paper.ADAM_ACCURACY) - published(32)
     text = f"Adam is within {MARGIN} points of small-batch SGD"
     return Claim("adam", text, round(about, 2), measured, cap(verdict, is_as_written(config)), "points",
-                 cost_seconds=cost, note="; ".join(filter(None, (test, trained, note))))  # fmt: skip
+                 cost_seconds=cost, note="; ".join(filter(None, (test, note))))  # fmt: skip
 
 
 def adam_batch_claim(rows: Sequence[Row], config: Config) -> Claim:
     """Adam against momentum SGD of its own batch size."""
-    _, measured, cost, note = gap_of(rows, config, "adam", "sgd-128")
+    measured, cost, note = gap_of(rows, config, "adam", "sgd-128")
     about = statistics.mean(paper.ADAM_ACCURACY) - published(128)
     verdict = cap(judge(measured, about, 0.0), is_as_written(config))
     text = f"Adam tests better than SGD at the same batch of {config.batch}"
-    trained = trained_words(rows, {arm: where(arm) for arm in ("adam", "sgd-128")})
-    note = "; ".join(filter(None, (trained, note)))
     return Claim("adam_batch", text, round(about, 2), measured, verdict, "points", cost_seconds=cost, note=note)
 
 
 def full_batch_claim(rows: Sequence[Row], config: Config) -> Claim:
     """The paper's argument that noise is necessary; it survives if the tuned pair keeps the gap, and half of it."""
-    _, measured, cost, note = gap_of(rows, config, "sgd-128", "full-batch")
+    measured, cost, note = gap_of(rows, config, "sgd-128", "full-batch")
     about = published(128) - statistics.mean(paper.FULL_BATCH_ACCURACY)
     verdict = cap(judge(measured, about, 0.0), is_as_written(config))
     tuned, few = where(PAIR[0]), where(PAIR[1])
@@ -324,7 +316,7 @@ def undertrained_claim(rows: Sequence[Row], config: Config) -> Claim:
 
 def tuned_claim(rows: Sequence[Row], config: Config) -> Claim:
     """Noise is not needed if full-batch descent is no worse, once both are tuned alike."""
-    _, measured, cost, note = gap_of(rows, config, *PAIR)
+    measured, cost, note = gap_of(rows, config, *PAIR)
     verdict, test = no_worse(rows, where(PAIR[0]), where(PAIR[1]), TUNED_MARGIN, two_sided=False)
     updates, tuned = recipe_of(config, PAIR[0])[0].epochs, grid(config)
     losses = [geometric(rows, "fit_loss", where(arm)) for arm in PAIR]
@@ -339,7 +331,7 @@ def tuned_claim(rows: Sequence[Row], config: Config) -> Claim:
 
 def momentum_claim(rows: Sequence[Row], config: Config) -> Claim:
     """At small rates momentum is a rescaled rate: a positive control of the comparison."""
-    _, measured, cost, note = gap_of(rows, config, "plain-sgd", "sgd-128")
+    measured, cost, note = gap_of(rows, config, "plain-sgd", "sgd-128")
     verdict, test = no_worse(rows, where("plain-sgd"), where("sgd-128"), MARGIN, two_sided=True)
     text = f"Control: plain SGD at lr/(1 − β) is within {MARGIN} points of momentum SGD"
     return Claim("momentum", text, "theory: 0", measured, cap(verdict, is_as_written(config)), "points",
@@ -348,7 +340,7 @@ def momentum_claim(rows: Sequence[Row], config: Config) -> Claim:
 
 def sam_claim(rows: Sequence[Row], config: Config) -> Claim:
     """Sharpness-aware minimization, at twice the gradients."""
-    _, measured, cost, note = gap_of(rows, config, "sam", "sgd-128")
+    measured, cost, note = gap_of(rows, config, "sam", "sgd-128")
     text = f"Control: SAM tests better than SGD at the same batch of {config.batch}"
     verdict = cap(above(measured, 0.0), is_as_written(config))
     return Claim("sam", text, "theory: > 0", measured, verdict, "points", cost_seconds=cost,

@@ -103,6 +103,7 @@ def test_unlike_fits_are_told() -> None:
     found = {claim.id: claim for claim in study.claims(rows, CPU)}
     assert "training accuracy: 89.7 % (adam), 100.0 % (sgd-32)" in found["adam"].note
     assert "training accuracy: 89.7 % (adam), 100.0 % (sgd-128)" in found["adam_batch"].note
+    assert all("training accuracy: 100.0 % (" in found[name].note for name in ("momentum", "sam", "full_batch"))
     text = next(claim.text for claim in study.claims(rows, CPU) if claim.id == "full_batch_tuned")
     assert "both tuned (training loss 0.001 against 0.29)" in text
 
