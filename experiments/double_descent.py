@@ -44,8 +44,9 @@ from curvlab.training.loop import Recipe, evaluate, train
 from curvlab.training.stages import Network, Samples, Trained, TrainStage, train_or_load
 from experiments.base import Law, Tools, random_features
 from experiments.base.curvature import curvature_of
-from experiments.base.descent import Features, Sweeps, descent_claims
+from experiments.base.descent import descent_claims
 from experiments.base.descent_report import descent_figures, descent_notes, descent_tables
+from experiments.base.descent_rows import Features, Sweeps
 
 PROTOCOL = 1
 COLLAPSED = 1.5  # times chance: a training accuracy below this is no trained network

@@ -25,7 +25,8 @@ class Estimate:
     """A number with its interval, its sample size and how both were made.
 
     ``low`` and ``high`` are NaN where no interval can be had (n = 1). ``counts`` are the group sizes where more than
-    one group enters (a ratio of 3 seeds to 1: ``n=4, counts=(3, 1)``, shown as "n=3+1").
+    one group enters (a ratio of 3 seeds to 1: ``n=4, counts=(3, 1)``, shown as "n=3+1"). ``grouped_by`` names the
+    groups where there are many: eight sizes of two seeds are shown as "n=2 × 8 sizes".
     """
 
     value: float
@@ -35,6 +36,7 @@ class Estimate:
     method: str
     level: float = 0.95
     counts: tuple[int, ...] = ()
+    grouped_by: str = ""
 
     @property
     def has_interval(self) -> bool:
@@ -43,7 +45,11 @@ class Estimate:
 
     @property
     def n_text(self) -> str:
-        """The sample size as shown: ``3``, or ``3+1`` for two groups."""
+        """The sample size as shown: ``3``; ``3+1`` for two groups; ``2 × 8 sizes``, or ``13 of 8 sizes``, for many."""
+        if self.grouped_by and len(set(self.counts)) == 1:
+            return f"{self.counts[0]} × {len(self.counts)} {self.grouped_by}"
+        if self.grouped_by:
+            return f"{self.n} of {len(self.counts)} {self.grouped_by}" if self.counts else f"{self.n} {self.grouped_by}"
         return "+".join(map(str, self.counts)) if self.counts else str(self.n)
 
     def contains(self, x: float) -> bool:

@@ -16,8 +16,8 @@ from curvlab.runs.stats import Estimate, geometric_mean_interval, mean_interval
 from curvlab.runs.svg import INK
 from curvlab.runs.tables import Table
 from experiments.base import paper
-from experiments.base.descent import Features, Groups, Sweeps, pooled_means
-from experiments.base.rows import groups
+from experiments.base.descent_rows import Features, Groups, Sweeps, pooled_means
+from experiments.base.rows import groups, within_one
 
 
 def descent_tables(sweeps: Sweeps) -> list[Table]:
@@ -30,9 +30,9 @@ def descent_tables(sweeps: Sweeps) -> list[Table]:
     heads = ["arm", "size", "parameters", "train %", "test %", "paper's test %", "collapsed", "train loss", "λ_max",
              "λ_max/loss", "trace", "‖Hv−λv‖/λ", "time s"]  # fmt: skip
     about = (
-        "Means over seeds with 95 % t intervals, the spread pooled over the sizes of an arm; losses, λ and "
-        "traces: geometric. Train % and loss: eval mode, the labels trained on. Collapsed networks are counted and in "
-        "no mean. Time: training and measuring."
+        "Means over seeds with 95 % t intervals, the spread pooled over the sizes of an arm (train %: each size's own, "
+        "cut at 100); losses, λ and traces: geometric. Train % and loss: eval mode, the labels trained on. Collapsed "
+        "networks are counted and in no mean. Time: training and measuring."
     )
     found = [Table("Error and curvature by size", heads, lines, about)] if lines else []
     return [*found, *_feature_table(sweeps.features)]
@@ -42,9 +42,11 @@ def _line(sweeps: Sweeps, label: str, where: Mapping[str, Any], size: float, los
     def values(metric: str) -> list[float]:
         return _arm(sweeps, metric, where).get(size, [])
 
-    def percent(metric: str) -> Estimate | None:
-        mean = pooled_means(_arm(sweeps, metric, where)).get(size)
-        return mean.scaled(100) if mean else None
+    def percent(metric: str, *, pooled: bool) -> Estimate | None:
+        found = _arm(sweeps, metric, where)
+        # Near 100 % there is no spread left to share with sizes that have not fitted.
+        mean = pooled_means(found).get(size) if pooled else mean_interval(found[size]) if size in found else None
+        return within_one(mean).scaled(100) if mean else None
 
     def geometric(metric: str) -> Estimate | None:
         return pooled_means(_positive(_arm(sweeps, metric, where)), geometric=True).get(size)
@@ -59,8 +61,8 @@ def _line(sweeps: Sweeps, label: str, where: Mapping[str, Any], size: float, los
         label,
         size,
         next((v for v in values("parameters")), None),
-        percent("fit_accuracy"),
-        percent("test_accuracy"),
+        percent("fit_accuracy", pooled=False),
+        percent("test_accuracy", pooled=True),
         sum(published) / 2 if published and compared else None,
         f"{lost:g} of {count}",
         geometric("fit_loss"),

@@ -18,7 +18,7 @@ from curvlab.runs.stats import Estimate, Verdict, judge, judge_tolerance
 from curvlab.runs.store import Row
 from experiments.base import paper
 from experiments.base.flatness import INVARIANCE
-from experiments.base.flatness_loss import loss_control, loss_power_claim, slope_words
+from experiments.base.flatness_loss import controls_of_sharpness, loss_power_claim, slope_words
 from experiments.base.flatness_rows import Flatness
 from experiments.base.rows import finals
 from experiments.base.settings import above, cap, gap, test_words
@@ -101,8 +101,7 @@ def lambda_claim(found: Flatness) -> Claim:
     """The paper's headline, by Lanczos."""
     measured = found.ratio("sharpness")
     verdict = cap(judge(measured, paper.GEOMETRY_LAMBDA_RATIO, 1.0, log_scale=True), found.faithful)
-    adaptive = Control("filter-adaptive λ_max", found.ratio("filter_sharpness"), 1.0)
-    survives, told = survival(verdict, [loss_control(found), adaptive])
+    survives, told = survival(verdict, controls_of_sharpness(found))
     text = f"λ_max at batch {found.large} is many times that at batch {found.small} {PAPERS}"
     return Claim("lambda", text, paper.GEOMETRY_LAMBDA_RATIO, measured, verdict, "×", survives, told, found.seconds,
                  note=joined(found.unpaired("sharpness"), scaled(found)) if measured else "")  # fmt: skip

@@ -62,12 +62,31 @@ def over_power(found: Flatness, power: float) -> Estimate | None:
     return geometric_mean_interval(ratios) if ratios else None
 
 
-def loss_control(found: Flatness) -> Control:
-    """λ_max/loss where it takes the loss out, else λ_max at equal loss; see the module's text."""
+def controls_of_sharpness(found: Flatness) -> list[Control]:
+    """The loss taken out, and then the weights' scale too: both at equal loss where dividing takes no loss out.
+
+    Filter-adaptive λ_max at the last epoch would take the scale out and leave the loss in.
+    """
     slope = loss_slope(found)
     if slope is not None and slope.contains(1.0):
-        return Control("λ_max/loss", found.ratio("relative_sharpness"), 1.0)
-    return Control(f"λ_max at equal loss (≤ {found.loss_mark:g})", found.ratio("sharpness", point="mark"), 1.0)
+        adaptive = Control("filter-adaptive λ_max", found.ratio("filter_sharpness"), 1.0)
+        return [Control("λ_max/loss", found.ratio("relative_sharpness"), 1.0), adaptive]
+    left = found.ratio("hessian_loss", point="mark")
+    at = f"at equal loss (≤ {found.loss_mark:g}" + ("" if left is None else f"; left of it a ratio of {left}") + ")"
+    return [
+        Control(f"{name} {at}", found.ratio(metric, point="mark"), 1.0)
+        for name, metric in (("λ_max", "sharpness"), ("filter-adaptive λ_max", "filter_sharpness"))
+    ]
+
+
+def power_words(slope: Estimate | None, name: str) -> str:
+    """Why dividing ``name`` by the loss does not take the loss out; nothing where the slope's interval holds 1."""
+    if slope is None or slope.contains(1.0):
+        return ""
+    words = f"log {name} has slope {slope} on log loss over these networks"
+    if not slope.has_interval:
+        return f"{words}: whether dividing by the loss takes it out is not known"
+    return f"{words}, and not 1: dividing by the loss takes out too {'much' if slope.value < 1 else 'little'}"
 
 
 def slope_words(found: Flatness) -> str:
@@ -75,15 +94,11 @@ def slope_words(found: Flatness) -> str:
     slope = loss_slope(found)
     if slope is None:
         return ""
-    words = f"log λ_max has slope {slope} (seeds) on log loss over these networks"
     if slope.contains(1.0):
-        return f"{words}: λ_max/loss takes the loss out"
-    if not slope.has_interval:
-        return f"{words}: whether λ_max/loss takes the loss out is not known"
-    extent = "too much" if slope.value < 1 else "too little"
-    adjusted = over_power(found, slope.value)
+        return f"log λ_max has slope {slope} on log loss over these networks: λ_max/loss takes the loss out"
+    adjusted = over_power(found, slope.value) if slope.has_interval else None
     told = "" if adjusted is None else f"; over loss^{slope.value:.2f} the ratio is {adjusted}"
-    return f"{words}, and not 1: dividing by the loss takes out {extent}{told}"
+    return f"{power_words(slope, 'λ_max')}{told}"
 
 
 def loss_power_claim(found: Flatness) -> Claim:

@@ -67,7 +67,7 @@ def interior_peak(groups: Mapping[float, Sequence[float]], *, level: float = 0.9
     how = f"height of the interior peak, Tukey intervals over {len(sizes)} sizes (df={spread.df})"
     if not spread.df:
         how = "height of the interior peak: no interval"
-    return Peak(sizes[best], Estimate(values[best], ends[0], ends[1], sum(counts), how, level, _shown(counts)))
+    return Peak(sizes[best], Estimate(values[best], ends[0], ends[1], sum(counts), how, level, tuple(counts), "sizes"))
 
 
 def judge_peak(peak: Peak | None) -> Verdict:
@@ -96,7 +96,3 @@ def _tukey(level: float, count: int, df: int) -> float:
     from scipy import stats as sps
 
     return float(sps.studentized_range.ppf(level, count, df)) / math.sqrt(2)
-
-
-def _shown(counts: Sequence[int]) -> tuple[int, ...]:
-    return () if len(counts) > 4 else tuple(counts)

@@ -2,8 +2,9 @@
 """One rule for all studies: does a claim survive the control that its source did not run?
 
 *Not tested*: the claim itself is neither *Reproduced* nor *Direction only* (there is nothing to survive), or a control
-has no interval. *Yes*: every control's interval lies wholly on the claim's side. *No*: one lies wholly on the failing
-side. *Undecided*: an interval holds the bound; more seeds could turn it either way.
+has no interval, or what it presumes does not hold here. *Yes*: every control's interval lies wholly on the claim's
+side. *No*: one lies wholly on the failing side. *Undecided*: an interval holds the bound; more seeds could turn it
+either way.
 
 An effect that is there as written and again under the control (a gap between two arms, a slope) is asked two things:
 that it is still there, and that at least half of it is, which is what *Reproduced* asks of a published effect. With d_i
@@ -35,17 +36,19 @@ class Control:
         found: the number; None where it was not measured.
         bound: what the interval must not hold: 0 for differences, 1 for ratios.
         side: where the claim lies.
+        doubt: why the number is no control here, where what it presumes does not hold: it is shown and decides nothing.
     """
 
     name: str
     found: Estimate | None
     bound: float = 0.0
     side: Literal["above", "below"] = "above"
+    doubt: str = ""
 
     @property
     def is_known(self) -> bool:
         """Whether there is an interval to decide by."""
-        return self.found is not None and self.found.has_interval
+        return self.found is not None and self.found.has_interval and not self.doubt
 
     @property
     def holds(self) -> bool:
@@ -58,13 +61,14 @@ class Control:
         return self._beyond("below" if self.side == "above" else "above")
 
     def _beyond(self, side: str) -> bool:
-        if self.found is None or not self.found.has_interval:
+        if self.found is None or not self.is_known:
             return False
         return self.found.low > self.bound if side == "above" else self.found.high < self.bound
 
     def __str__(self) -> str:
         bound = f"{self.bound:.4g}".replace("-", "−")
-        return f"{self.name} ({'not measured' if self.found is None else self.found}; asked: {self.side} {bound})"
+        asked = f"no control here: {self.doubt}" if self.doubt else f"asked: {self.side} {bound}"
+        return f"{self.name} ({'not measured' if self.found is None else self.found}; {asked})"
 
 
 def survival(verdict: Verdict, controls: Sequence[Control]) -> tuple[Survives, str]:

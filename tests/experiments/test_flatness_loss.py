@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from scipy import stats as sps
 
 from curvlab.runs.stats import Survives, Verdict
 from experiments.base.flatness_claims import Flatness, flatness_claims
-from experiments.base.flatness_loss import loss_control, loss_power_claim, loss_slope, over_power, slope_words
+from experiments.base.flatness_loss import controls_of_sharpness, loss_power_claim, loss_slope, over_power, slope_words
 
 SMALL, MIDDLE, LARGE = 32, 128, 512
 LOSSES = {("as-written", SMALL): 0.1, ("as-written", MIDDLE): 0.4, ("as-written", LARGE): 0.6,
@@ -52,10 +53,16 @@ def test_the_slope_is_that_of_every_different_network_with_the_interval_of_seeds
 
 def test_dividing_by_the_loss_is_a_control_only_where_sharpness_is_proportional_to_it() -> None:
     proportional, root = flatness(1.0, spread=0.02), flatness(0.55, spread=0.02)
-    assert loss_control(proportional).name == "λ_max/loss"
-    control = loss_control(root)
-    assert "equal loss (≤ 0.6)" in control.name and control.found is not None
-    assert control.found.value == pytest.approx(1.0)
+    assert [control.name for control in controls_of_sharpness(proportional)] == ["λ_max/loss", "filter-adaptive λ_max"]
+    at_mark = controls_of_sharpness(root)
+    assert all("at equal loss (≤ 0.6; left of it a ratio of 1" in control.name for control in at_mark)
+    values = [control.found.value for control in at_mark if control.found is not None]
+    assert values == pytest.approx([1.0, 2.0])
+    # Adaptive sharpness that is gone at equal loss does not hold because it was there with the loss in it.
+    rows = [row | {"value": 1.0} if row["metric"] == "filter_sharpness" and row["point"] == "mark" else row
+            for row in flatness(0.55, extra=2.0).rows]  # fmt: skip
+    found = replace(root, rows=rows)
+    assert next(c for c in flatness_claims(found) if c.id == "lambda").survives is Survives.UNDECIDED
     assert "takes out too much" in slope_words(root) and "takes the loss out" in slope_words(proportional)
     assert "too little" in slope_words(flatness(1.5, spread=0.02))
     assert "not known" in slope_words(flatness(0.55, seeds=1))

@@ -63,6 +63,13 @@ def test_sides_and_bounds() -> None:
     assert "not measured" in str(Control("slope", None))
 
 
+def test_a_control_whose_premise_fails_decides_nothing_and_says_why() -> None:
+    doubted = Control("over the loss", FAILS, doubt="slope 0.5, not 1")
+    answered, words = survival(Verdict.REPRODUCED, [Control("other", HOLDS), doubted])
+    assert answered is Survives.NOT_TESTED and "no control here: slope 0.5, not 1" in words
+    assert survival(Verdict.REPRODUCED, [Control("other", FAILS), doubted])[0] is Survives.NO
+
+
 def test_the_interaction_is_a_t_interval_of_differences_of_differences() -> None:
     written, control = {0: 4.0, 1: 1.0, 2: 2.5, 7: 9.0}, {0: 3.0, 1: 0.7, 2: 2.0, 5: 100.0}
     found = interaction(control, written)
