@@ -56,6 +56,8 @@ class KrylovSpace:
         num_rows: r, rows that it holds.
         num_multiplied: m, those multiplied: the dimension of T.
         scale: largest |theta| seen: what rounding is measured against.
+        noise: relative error of the products where it is above rounding (a lower precision); set from outside. Rows
+            are then orthonormal to rounding as ever, and A X = X N holds to ||A|| times this.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class KrylovSpace:
     ) -> None:
         self.rows = torch.empty(capacity, size, dtype=dtype, device=device) if buffer is None else buffer
         self.num_rows = self.num_multiplied = 0
-        self.scale = 0.0
+        self.scale = self.noise = 0.0
         self._eps = torch.finfo(dtype).eps
         self._clean = 0  # rows known to be orthonormal
         self._relation = np.zeros((capacity, capacity))  # N
         self._norms = np.ones(capacity)  # of the rows; 1 for clean ones
+        self._renewed = 0  # first rows, whose products are better than the others'
         self._panel = 1
         self._lost = self._eps  # bound of what the newest row has lost: eps times ||A|| / ||row|| for each step
 
@@ -137,8 +140,9 @@ class KrylovSpace:
     def _first_coupled(self, m: int, stop: int) -> int:
         """First row i < m with a share in A x_j for j in m..stop, by symmetry: <x_i, A x_j> = N_ji ||x_j||^2."""
         couplings = np.abs(self._relation[m:stop, :m]).max(axis=0, initial=0.0) * self._norms[m:stop].max()
-        found = np.flatnonzero(couplings > 100 * self._eps * self.scale)
-        return int(found[0]) if len(found) else m
+        found = np.flatnonzero(couplings > max(100 * self._eps, 4 * self.noise) * self.scale)
+        low = int(found[0]) if len(found) else m
+        return min(low, max(m - 1, 0)) if self.noise else low
 
     def clean(self) -> None:
         """Make all rows orthonormal; candidates of which only rounding is new are dropped."""
@@ -154,7 +158,7 @@ class KrylovSpace:
             weights, done = self._orthogonalize(weights, negligible)
             if done:
                 break
-        self._clean, self._lost = self.num_rows, self._eps
+        self._clean, self._lost = self.num_rows, max(self._eps, self.noise)
 
     def _orthogonalize(self, weights: np.ndarray, negligible: float) -> tuple[np.ndarray, bool]:
         """One pass of dots and one update; returns the weights of the rows left, and whether rounding stayed small."""
@@ -179,7 +183,9 @@ class KrylovSpace:
 
     def _follow(self, loss: float) -> None:
         """Length of the next panel from the loss of orthogonality measured on this one."""
-        if loss > SHRINKING:
+        if self.noise:  # no measure of what rounding lost
+            self._panel = MAX_PANEL if loss < LOST else 1
+        elif loss > SHRINKING:
             self._panel = max(1, self._panel // 2)
         elif loss**2 < SHRINKING * self._eps:  # a loss of eps g^steps becomes loss^2 / eps with twice the steps
             self._panel = min(MAX_PANEL, self._panel * 2)
@@ -204,7 +210,11 @@ class KrylovSpace:
         """T ``[m, m]``, symmetric, and the couplings ``[r - m, m]`` to the candidates; estimates until clean."""
         m, r = self.num_multiplied, self.num_rows
         relation = self._relation[:r, :m] * (self._norms[:r, None] / self._norms[None, :m])
-        return (relation[:m] + relation[:m].T) / 2, relation[m:]
+        projection = (relation[:m] + relation[:m].T) / 2
+        if self._renewed:  # <x_i, A x_j> as the better product has it
+            better = relation[:m, : self._renewed]
+            projection[:, : self._renewed], projection[: self._renewed] = better, better.T
+        return projection, relation[m:]
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values ascending ``[m]``, coefficients of the vectors as columns ``[m, m]``, residual norms ``[m]``."""
@@ -218,6 +228,47 @@ class KrylovSpace:
         """The vectors with these coefficients: rows ``[k, P]`` from columns ``[m, k]``; the rows must be clean."""
         return vec.combine_rows(columns.T, self.rows[: columns.shape[0]])
 
+    def renew(self, products: Tensor) -> float:
+        """Put ``products [b, P]`` = A times the first b rows, which are multiplied already, in place of what N holds.
+
+        What of them lies outside the space is appended to the candidates. Returns the largest relative error of the
+        former products.
+        """
+        self.clean()
+        b, m, r = len(products), self.num_multiplied, self.num_rows
+        dots = vec.row_dots(self.rows[:r], products)
+        before = self._relation[:r, :b]
+        new = self.rows[r : r + b]
+        new.copy_(products)
+        vec.subtract_rows(new, dots.T, self.rows[:r])
+        outside = vec.inner_products(new, new).numpy()
+        size = np.sqrt((dots**2).sum(0) + outside)
+        error = np.sqrt(((dots - before) ** 2).sum(0) + outside) / np.maximum(size, TINY)
+        if not np.isfinite(size).all():
+            raise ValueError("lanczos: A must give finite products, got an infinity or NaN")
+        self._relation[:r, :b] = dots
+        self._relation[:b, b:m] = dots[b:m].T
+        self._relation[r : r + b, :m] = 0
+        self._relation[:, m:] = 0
+        self._relation[r : r + b, :b] = np.eye(b)
+        self._norms[r : r + b] = np.sqrt(outside)
+        self.num_rows, self._renewed = r + b, b
+        self.clean()
+        return float(error.max())
+
+    def sort_candidates(self, columns: np.ndarray) -> None:
+        """Turn the candidates so that the first carry most of the residuals of the Ritz vectors ``columns [m, k]``."""
+        self.clean()
+        m, r = self.num_multiplied, self.num_rows
+        turn = np.linalg.svd(self._relation[m:r, :m] @ columns)[0].T
+        vec.combine_rows(turn, self.rows[m:r], out=self.rows[m:r])
+        self._relation[m:r, :m] = turn @ self._relation[m:r, :m]
+
+    def product_norms(self) -> np.ndarray:
+        """||A x_j|| of the rows multiplied, ``[m]``."""
+        m, r = self.num_multiplied, self.num_rows
+        return np.linalg.norm(self._relation[:r, :m] * self._norms[:r, None], axis=0) / self._norms[:m]
+
     def restart(self, values: np.ndarray, columns: np.ndarray) -> None:
         """Keep the Ritz vectors with these values and columns ``[m, keep]`` and the candidates (thick restart)."""
         self.clean()
@@ -226,7 +277,7 @@ class KrylovSpace:
         vec.combine_rows(columns.T, self.rows[:m], out=self.rows[:keep])
         for i in range(r - m):
             self.rows[keep + i] = self.rows[m + i]
-        self.num_multiplied, self.num_rows = keep, keep + r - m
+        self.num_multiplied, self.num_rows, self._renewed = keep, keep + r - m, 0
         self._clean = self.num_rows
         self._relation[:] = 0
         self._relation[:keep, :keep] = np.diag(values)

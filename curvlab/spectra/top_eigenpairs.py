@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from curvlab.spectra import vectors as vec
-from curvlab.spectra.lanczos import KrylovSpace
+from curvlab.spectra.mixed_search import MixedSearch
+from curvlab.spectra.search import Search
 
 __all__ = ["Eigenpairs", "EigenvalueInterval", "eigenvalue_interval", "top_eigenpairs"]
 
@@ -42,6 +43,7 @@ class Eigenpairs:
         error_bounds: float64 ``[k]``: some eigenvalue lies within this of values_i; the smaller of the residual and
             residual^2 / gap, with the gap as far as the space searched shows it, and never below rounding.
         num_products: products A v spent, tests included.
+        num_rounded: further products spent with the operator's ``rounded()`` twin.
         converged: every residual is at most tol |value|, or rounding.
         guard: rows ``[g, P]``: the next best Ritz vector of the space at each end searched, not converged. A later
             search that is given these pairs as ``start`` sees by it what may have overtaken them.
@@ -54,10 +56,12 @@ class Eigenpairs:
     num_products: int
     converged: bool
     guard: Tensor | None = None
+    num_rounded: int = 0
 
     def __repr__(self) -> str:
         state = "converged" if self.converged else "NOT converged"
-        lines = [f"{len(self)} eigenpairs, {self.num_products} products, {state}"]
+        low = f" and {self.num_rounded} in lower precision" if self.num_rounded else ""
+        lines = [f"{len(self)} eigenpairs, {self.num_products} products{low}, {state}"]
         for value, residual, bound in zip(self.values, self.residuals, self.error_bounds, strict=True):
             lines.append(f"  {value:.6g}  (residual {residual:.1e}, an eigenvalue within {bound:.1e})")
         return "\n".join(lines)
@@ -78,6 +82,7 @@ def top_eigenpairs(
     max_products: int | None = None,
     max_basis: int | None = None,
     verify: bool = True,
+    rounded: bool = True,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
@@ -104,6 +109,9 @@ def top_eigenpairs(
         verify: spend one product on a random combination of the pairs found. What it shows beyond the recurrence
             is added to all residuals; where that decides, k products give each pair its own. False: residuals are
             those of the recurrence, which rounding of A does not enter.
+        rounded: let the space grow by products in lower precision where the operator offers them (``A.rounded()`` is
+            not None) and one vector is multiplied at a time: what they find is multiplied by A itself and put right.
+            Residuals and the tolerance are those of A either way.
         generator: for the first vector (on the operator's device or the host). All processes of a group take what
             the first one draws.
         progress: show a bar.
@@ -120,174 +128,29 @@ def top_eigenpairs(
     block = min(block_size or 1, size)
     rows = _start_rows(A, start, block, generator)
     budget = max_products or max(300, 30 * k)
-    search = _Search(A, k, which, tol, block, generator)
-    search.open(rows, max_basis or max(3 * k, k + 40))
+    basis = max_basis or max(3 * k, k + 40)
+    twin = getattr(A, "rounded", None)
+    low = twin() if twin and rounded and block == 1 and MixedSearch.serves(A.shape[0], k, tol, basis) else None
+    search = Search(A, k, which, tol, block, generator)
+    if low is not None:
+        search = MixedSearch(A, low, k, which, tol, generator)
+    search.open(rows, basis)
     with vec.progress_bar(progress, "eigenpairs", budget) as show:
         while not search.finished(budget - int(verify)):
-            search.step(budget - int(verify) - search.num_products)
-            show(search.num_products, search.remark())
-        return search.close(verify, budget)
-
-
-class _Search:
-    """One run: the Krylov space, what is wanted of it, and the products spent."""
-
-    def __init__(
-        self, A: vec.Operator, k: int, which: str, tol: float, block: int, generator: torch.Generator | None
-    ) -> None:
-        self.A, self.k, self.which, self.tol, self.block, self.generator = A, k, which, tol, block, generator
-        self.size = A.shape[0]
-        self.num_products = 0
-        self.space = KrylovSpace(1, 1, dtype=A.dtype, device=A.device)
-        self.values, self.columns, self.residuals = np.zeros(0), np.zeros((0, 0)), np.zeros(0)
-        self.exhausted: np.ndarray | None = None  # what was wanted when the recurrence last ended by itself
-
-    def open(self, rows: Tensor, max_basis: int) -> None:
-        """Make the space around the first block of rows."""
-        self.max_basis = min(max(max_basis, self.k + 2 * self.block + 1), self.size)
-        self.space = KrylovSpace(self.max_basis + 2 * self.block, self.size, dtype=self.A.dtype, device=self.A.device)
-        self.space.add(rows)
-        self._fill(self.block)
-
-    def _fill(self, num: int) -> None:
-        """Random candidates up to ``num``, where the recurrence has ended or the first block is not full."""
-        for _ in range(3):
-            missing = min(num - self.space.num_candidates, self.size - self.space.num_rows)
-            if missing <= 0:
-                return
-            self.space.add(vec.draw_normal(self.A, missing, self.generator))
-
-    def step(self, left: int) -> None:
-        """Multiply the next candidates, and look at the Ritz pairs."""
-        space = self.space
-        if space.num_multiplied + self.block >= self.max_basis and space.num_multiplied + self.block < self.size:
-            self._restart()
-        if space.num_candidates == 0:
-            self.exhausted = np.zeros(0) if self.exhausted is None else self.exhausted
-            self._fill(1)
-        count = min(space.num_candidates, self.block, left)
-        space.multiply(self.A, count)
-        self.num_products += count
-        self.values, self.columns, self.residuals = space.ritz()
-
-    def _wanted(self, count: int | None = None, among: np.ndarray | None = None) -> np.ndarray:
-        """Indices of the wanted Ritz values (of those ``among``), best first."""
-        order = np.arange(len(self.values)) if among is None else among
-        count = min(self.k if count is None else count, len(order))
-        if self.which == "LA":
-            return order[::-1][:count]
-        if self.which == "SA":
-            return order[:count]
-        if self.which == "LM":
-            return order[np.argsort(-np.abs(self.values[order]), kind="stable")][:count]
-        low = count // 2
-        return np.concatenate([order[::-1][: count - low], order[:low][::-1]])
-
-    def _limits(self, wanted: np.ndarray) -> np.ndarray:
-        return np.maximum(self.tol * np.abs(self.values[wanted]), 4 * self.space.rounding())
-
-    def _found(self) -> bool:
-        if len(self.values) < self.k:
-            return False
-        wanted = self._wanted()
-        return bool((self.residuals[wanted] <= self._limits(wanted)).all())
-
-    def _complete(self) -> bool:
-        """Whether what the space leaves out can hide a wanted pair.
-
-        A space that ended by itself is blind to the rest, further copies of its eigenvalues among it. So a random
-        vector goes on from there, until that chain ends too without a change, or its own best pair is found.
-        """
-        if self.space.num_candidates == 0 or self.residuals.max() <= 16 * self.space.rounding():
-            before, self.exhausted = self.exhausted, self.values[self._wanted()]
-            same = before is not None and len(before) == len(self.exhausted)
-            return same and bool((np.abs(before - self.exhausted) <= 4 * self.space.rounding()).all())
-        if self.exhausted is None:
-            return True
-        best = self._wanted(2 if self.which == "BE" else 1, np.flatnonzero(self.residuals > self.space.rounding()))
-        return bool((self.residuals[best] <= self._limits(best)).all())
-
-    def finished(self, budget: int) -> bool:
-        """Found, out of products, or the whole space is multiplied."""
-        if self._found():
-            if not self.space.is_clean:
-                self.space.clean()  # what the panel had lost may matter
-                self.values, self.columns, self.residuals = self.space.ritz()
-            if self._found() and self._complete():
-                return True
-        return self.num_products >= budget or self.space.num_multiplied >= self.size
-
-    def _restart(self) -> None:
-        """Keep the wanted pairs and half of the rest of the room for the next best ones."""
-        self.space.clean()
-        self.values, self.columns, self.residuals = self.space.ritz()
-        room = self.max_basis - 2 * self.block
-        keep = np.sort(self._wanted(min(len(self.values) - 1, max(self.k, self.k + (room - self.k) // 2))))
-        self.space.restart(self.values[keep], self.columns[:, keep])
-        self.values, self.residuals = self.values[keep], self.residuals[keep]
-        self.columns = np.eye(len(keep))
-
-    def remark(self) -> str:
-        """For the bar: how many of the wanted pairs are found."""
-        wanted = self._wanted()
-        return f"{int((self.residuals[wanted] <= self._limits(wanted)).sum())} of {self.k} found"
-
-    def close(self, verify: bool, budget: int) -> Eigenpairs:
-        """The pairs with their residuals, tested by products where that is asked for."""
-        space = self.space
-        space.clean()
-        self.values, self.columns, self.residuals = space.ritz()
-        wanted = self._wanted()
-        values, columns = self.values[wanted], self.columns[:, wanted]
-        more = self._wanted(self.k + (2 if self.which == "BE" else 1))  # one more an end
-        extra = self.columns[:, np.setdiff1d(more, wanted)]
-        vectors = space.combine(np.concatenate([columns, extra], 1))
-        vectors, guard = vectors[: len(wanted)], vectors[len(wanted) :]
-        residuals = self.residuals[wanted].copy()
-        limits = self._limits(wanted)
-        if verify and self.num_products < budget:
-            off = self._test(vectors, values, columns)
-            residuals = np.hypot(residuals, off)
-            undecided = (residuals > limits).any() and (self.residuals[wanted] <= limits).all()
-            if undecided and len(wanted) > 1 and self.num_products + len(wanted) <= budget:
-                residuals = self._true_residuals(vectors, values)
-        bounds = np.maximum(_bounds(values, residuals, self.values, self.residuals, wanted), space.rounding())
-        converged = len(values) == self.k and bool((residuals <= limits).all())
-        host = [torch.from_numpy(np.ascontiguousarray(a)) for a in (values, residuals, bounds)]
-        return Eigenpairs(host[0], vectors, host[1], host[2], self.num_products, converged, guard)
-
-    def _test(self, vectors: Tensor, values: np.ndarray, columns: np.ndarray) -> float:
-        """||sum_i c_i (A v_i - theta_i v_i - r_i)||, signs c, r_i of the recurrence; mean square: the sum over i."""
-        device = torch.device("cpu") if self.generator is None else self.generator.device
-        drawn = vec.random_signs(1, len(values), dtype=torch.float64, device=device, generator=self.generator)
-        signs = vec.agree(self.A, drawn.to(self.A.device)).cpu().numpy()
-        product = self.A.apply_rows(vec.combine_rows(signs, vectors)).clone()
-        self.num_products += 1
-        vec.subtract_rows(product, signs * values, vectors)
-        m, r = self.space.num_multiplied, self.space.num_rows
-        _, couplings = self.space.projection()
-        vec.subtract_rows(product, (couplings @ columns @ signs.T).T, self.space.rows[m:r])
-        return math.sqrt(vec.inner_products(product, product).item())
-
-    def _true_residuals(self, vectors: Tensor, values: np.ndarray) -> np.ndarray:
-        products = self.A.apply_rows(vectors)
-        self.num_products += len(vectors)
-        off = products - torch.from_numpy(values).to(vectors)[:, None] * vectors
-        return vec.inner_products(off, off).sqrt().numpy()
-
-
-def _bounds(
-    values: np.ndarray, residuals: np.ndarray, ritz: np.ndarray, ritz_residuals: np.ndarray, wanted: np.ndarray
-) -> np.ndarray:
-    """min(residual, residual^2 / gap), gap to the nearest interval that some other Ritz pair names."""
-    bounds = residuals.copy()
-    for i, index in enumerate(wanted):
-        others = np.arange(len(ritz)) != index
-        if others.any():
-            gap = (np.abs(ritz[others] - values[i]) - ritz_residuals[others]).min()
-            if gap > residuals[i]:
-                bounds[i] = min(bounds[i], residuals[i] ** 2 / gap)
-    return bounds
+            search.step(budget - int(verify) - search.spent)
+            show(search.spent, search.remark())
+        found = search.close(verify, budget)
+    host = [torch.from_numpy(np.ascontiguousarray(a)) for a in (found.values, found.residuals, found.bounds)]
+    return Eigenpairs(
+        host[0],
+        found.vectors,
+        host[1],
+        host[2],
+        search.num_products,
+        found.converged,
+        found.guard,
+        search.spent - search.num_products,
+    )
 
 
 def _check_arguments(
