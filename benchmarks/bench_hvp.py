@@ -202,7 +202,8 @@ def _eigenpair_case(
         f"{setup.name}, N={len(setup.x)}: {what}",
         our_call,
         {name: partial(solve, setup) for name, solve in chosen.items()},
-        note=f"{found.num_products} products and {found.num_rounded} in bfloat16, largest residual {residual:.1e} of the eigenvalue",
+        note=f"{found.num_products} products and {found.num_rounded} in bfloat16, "
+        f"largest residual {residual:.1e} of the eigenvalue",
         not_counted={
             name: f"largest residual {r:.1e}" for name, r in residuals.items() if not r <= algorithms.TOLERANCE
         },
