@@ -40,45 +40,23 @@ from curvlab.norms import NormRecorder
 from curvlab.operators.ntk import empirical_ntk
 from curvlab.runs import figures as draw
 from curvlab.runs.report import Claim
-from curvlab.runs.stats import (
-    Survives,
-    Verdict,
-    jonckheere,
-    judge,
-    judge_tolerance,
-    log_ratio_interval,
-    pooled_log_sd,
-    pooled_sd,
-)
+from curvlab.runs.stats import Survives, Verdict
 from curvlab.runs.store import Row, Run
 from curvlab.runs.tables import Table
 from curvlab.training.checkpoint import CheckpointFile
 from curvlab.training.grouped import train_group
 from curvlab.training.loop import Recipe, evaluate
 from curvlab.training.seeding import generator
-from experiments.base import Law, Tools, difference, paper
-from experiments.base.laziness import (
-    MEASURES,
-    Stopwatch,
-    absolute_claim,
-    absolute_control,
-    deviations,
-    initial_norm_claim,
-    lazier_claim,
-    laziness_tables,
-    measure,
-    movement_rows,
-    regime_claim,
-    seconds,
-)
-from experiments.base.scaling import Scaling, panel, slope_table
+from experiments.base import Law, Tools
+from experiments.base.laziness import MEASURES, Stopwatch, measure, movement_rows
+from experiments.base.laziness_claims import PUBLISHED, deviations, laziness_claims
+from experiments.base.laziness_report import laziness_figures, laziness_tables
+from experiments.base.scaling import Scaling, slope_table
 
 PROTOCOL = 1
-TEST_IMAGES = 10_000  # of MNIST, the only data set whose accuracies are compared with the paper's
 
 Arm = Literal["standard", "ntk", "ntk-he"]
 ARMS: tuple[Arm, ...] = ("standard", "ntk", "ntk-he")
-PUBLISHED = {width: sum(pair) / 2 for width, pair in paper.NTK_MOVEMENT.items()}  # mean Δ of the paper's two seeds
 
 
 @dataclass(frozen=True)
@@ -286,89 +264,12 @@ def is_as_written(config: Config) -> bool:
 
 def claims(rows: Sequence[Row], config: Config) -> list[Claim]:
     """The paper's claims, each with its control; then the audit and the control arms."""
-    arms = arms_of(rows, config)
-    standard = arms["standard"]
-    found = [
-        ratio_claim(standard),
-        slope_claim(standard),
-        means_claim(standard),
-        accuracy_claim(standard),
-        lazier_claim("lazier", "Wider networks are lazier: the kernel moves less", "Δ ∝ w^−0.50", standard),
-        regime_claim(standard),
-        absolute_claim(standard),
-        initial_norm_claim(standard),
-    ]
-    words = {"ntk": "NTK parametrization, same initial function", "ntk-he": "NTK parametrization, He gain"}
-    for name in config.arms:
-        if name != "standard":
-            text = f"Control: wider is lazier under {words[name]}"
-            found.append(lazier_claim(f"lazier_{name.replace('-', '_')}", text, "theory: < 0", arms[name]))
+    found = laziness_claims(arms_of(rows, config))
     if is_as_written(config):
         return found
     # Laws are worth showing on other data and settings too; a comparison with the paper's own numbers is not.
     shown = [replace(claim, measured=None) if claim.id in ("means", "accuracy") else claim for claim in found]
     return [replace(claim, verdict=Verdict.NOT_TESTABLE, survives=Survives.NOT_TESTED, note="") for claim in shown]
-
-
-def ratio_claim(arm: Scaling) -> Claim:
-    """Δ at width 32 over Δ at width 4096; the single seed at 4096 gets its interval from the pooled relative spread."""
-    found, measured = arm.groups("relative_movement"), None
-    if {32, 4096} <= set(found):
-        spread, df = pooled_log_sd(found)
-        measured = log_ratio_interval(found[32], found[4096], pooled_sd=spread, df=df)
-    verdict = judge(measured, paper.NTK_RATIO, 1.0, log_scale=True)
-    near = judge_tolerance(measured, paper.NTK_RATIO, 1.0)
-    if verdict is Verdict.REPRODUCED and near.verdict is not Verdict.REPRODUCED:
-        verdict = Verdict.DIRECTION_ONLY  # half of a ratio is a weak test of a law: the number itself is asked for
-    survives, control = absolute_control(arm) if measured else (Survives.NOT_TESTED, "")
-    text = "Relative movement Δ falls 11.3-fold (± 1) from width 32 to 4096"
-    note = near.text if measured else ""
-    return Claim("ratio", text, paper.NTK_RATIO, measured, verdict, "×", survives, control, seconds(arm), note=note)
-
-
-def slope_claim(arm: Scaling) -> Claim:
-    """Δ ∝ w^slope over all widths that were run."""
-    measured = arm.slope("relative_movement")
-    judged = judge_tolerance(measured, paper.NTK_SLOPE, 0.03, null_value=0.0)
-    survives, control = absolute_control(arm) if measured else (Survives.NOT_TESTED, "")
-    text = "Log–log slope of Δ against width is −0.50 (± 0.03)"
-    return Claim("slope", text, paper.NTK_SLOPE, measured, judged.verdict, "", survives, control, seconds(arm),
-                 note=judged.text)  # fmt: skip
-
-
-def means_claim(arm: Scaling) -> Claim:
-    """The worst of the deviations; within 5 % is the issue for every width at once."""
-    shifts = deviations(arm, PUBLISHED)
-    worst = max(shifts, key=lambda width: abs(shifts[width].value), default=None)
-    measured = None if worst is None else shifts[worst]
-    judged = judge_tolerance(measured, 0.0, 5.0)
-    note = f"worst of {len(shifts)} widths: {worst}; {judged.text} points" if measured else ""
-    text = "Mean Δ is within 5 % of the paper's at every width (worst deviation)"
-    return Claim("means", text, "0", measured, judged.verdict, "%", cost_seconds=seconds(arm), note=note)
-
-
-def accuracy_claim(arm: Scaling) -> Claim:
-    """Difference of the ends, and a trend test over all widths: *Reproduced* asks for both.
-
-    Both networks are tested on the same images, so the sum of their binomial variances bounds the images' share.
-    """
-    found = {width: [100 * value for value in values] for width, values in arm.groups("test_accuracy").items()}
-    measured, note = None, ""
-    if {32, 4096} <= set(found):
-        ends = [sum(found[width]) / len(found[width]) for width in (32, 4096)]
-        images = sum(p * (100 - p) for p in ends) / TEST_IMAGES
-        measured = difference(found[4096], found[32], pooled_sd(found), image_variance=images)
-    verdict = judge(measured, paper.NTK_GAIN, 0.0)
-    if measured is not None and len(found) < 3:
-        note = "no trend test: it needs three widths"
-        verdict = Verdict.DIRECTION_ONLY if verdict is Verdict.REPRODUCED else verdict
-    elif measured is not None:
-        trend = jonckheere(list(found.values()))
-        note = f"{trend.name} over {len(found)} widths: p = {trend.p_value:.2g}, n = {trend.n}"
-        if verdict is Verdict.REPRODUCED and not trend.p_value < 0.05:
-            verdict = Verdict.DIRECTION_ONLY
-    text = "Test accuracy rises from width 32 to 4096 (91.6 → 93.9 %)"
-    return Claim("accuracy", text, paper.NTK_GAIN, measured, verdict, "points", cost_seconds=seconds(arm), note=note)
 
 
 def laws(rows: Sequence[Row], config: Config) -> list[Law]:
@@ -412,35 +313,8 @@ def tables(rows: Sequence[Row], config: Config) -> list[Table]:
 
 def figures(rows: Sequence[Row], config: Config) -> list[draw.Figure]:
     """F7: four laziness curves; and accuracy against width."""
-    arms, as_written = arms_of(rows, config), is_as_written(config)
-    published = {width: moved for width, moved in PUBLISHED.items() if width in config.widths}
-    figure, panels = draw.new_figure(2, 2, size=(10.4, 8.0))
-    metrics = ("relative_movement", "absolute_movement", "kernel_drift", "linearization_error")
-    for axes, metric in zip(panels, metrics, strict=True):
-        shown = {
-            "relative_movement": published,
-            "absolute_movement": {w: d * (w + 4) ** 0.5 for w, d in published.items()},
-        }
-        panel(axes, arms, metric, ylabel=MEASURES[metric], published=shown.get(metric) if as_written else None)
-        draw.add_legend(axes)
-    accuracy, (axes,) = draw.new_figure()
-    for series, (name, arm) in enumerate(arms.items()):
-        found = {width: [100 * value for value in values] for width, values in arm.groups("test_accuracy").items()}
-        means = {width: mean.scaled(100) for width, mean in arm.means("test_accuracy").items()}
-        draw.plot_groups(axes, found, series=series, label=name, intervals=means)
-    if as_written:
-        means = {w: sum(pair) / 2 for w, pair in paper.NTK_ACCURACY.items() if w in config.widths}
-        draw.plot_published(axes, list(means), list(means.values()), label="paper")
-    draw.set_axes(axes, xlabel="width", ylabel="test accuracy (%)", log_x=True, x_ticks=sorted(config.widths))
-    draw.add_legend(axes)
-    caption = (
-        "Dots: seeds; markers: means with 95 % intervals; dashed: power law with its band; hollow diamonds: the paper"
-        + (" (absolute movement: its Δ times √(w + 4))." if as_written else " has no numbers for this data set.")
-    )
-    return [
-        draw.Figure("laziness", "Four laziness curves", caption, figure),
-        draw.Figure("accuracy", "Test accuracy by width", "Last epoch; dots: seeds; bars: 95 % intervals.", accuracy),
-    ]
+    widths = sorted(config.widths)
+    return laziness_figures(arms_of(rows, config), widths, PUBLISHED if is_as_written(config) else {})
 
 
 def notes(rows: Sequence[Row], config: Config) -> list[str]:
@@ -448,7 +322,8 @@ def notes(rows: Sequence[Row], config: Config) -> list[str]:
     arm = arms_of(rows, config)["standard"]
     growth = arm.means("kernel_growth")
     found = [
-        "Survival rules stand in experiments/base/laziness.py; the control column gives each with its numbers.",
+        "The survival rule stands in experiments/base/survival.py, what is asked in laziness_claims.py; the control "
+        "column gives each control with its number.",
         "Groups of one seed have intervals under the assumption that all widths share one relative spread.",
         f"NTK arms: lr {config.lr_ntk:g} (the parametrization divides gradients by √(3 fan_in)), all else as written.",
     ]

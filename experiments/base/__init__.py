@@ -2,7 +2,8 @@
 """What every study shares.
 
 ``study``: what a study is; ``scheduler``: how its units are run; ``archive``: where its results go; ``cli``: how it is
-commanded; ``rows``, ``scaling``, ``laziness``: how rows are read and judged; ``paper``: published numbers.
+commanded; ``rows``, ``scaling``, ``settings``: how rows are read; ``survival``: what a control must show; ``paper``:
+published numbers; the other files belong to single studies, after which they are named.
 """
 
 from experiments.base import paper

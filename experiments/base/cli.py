@@ -7,9 +7,12 @@ Exit status: 0 fine; 1 a unit failed, a law is violated or a verdict changed; 2 
 from __future__ import annotations
 
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if bare and not isinstance(command, Run):
             raise UsageError(f"{bare[0]}: only `run` and `estimate` take field=value")
-        return _dispatch(command, bare, console)
+        with clean_interrupts():
+            return _dispatch(command, bare, console)
     except UsageError as error:
         print(f"experiments: {error}", file=sys.stderr)
         return 2
@@ -133,6 +137,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("experiments: stopped", file=sys.stderr)
         return 130
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C; see :func:`clean_interrupts`."""
+
+
+@contextmanager
+def clean_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise :class:`Stopped`, so that one which is caught leaves no mark on the interpreter.
+
+    CPython notes a plain ``KeyboardInterrupt`` that leaves an ``exec`` of text as unhandled, although a caller further
+    up may catch it, and then ends the process by SIGINT in place of its exit status. Making a dataclass or a named
+    tuple is such an ``exec``, and so are imports of modules that hold them: a matter of when the signal comes. The note
+    is made for that very class, not for one derived from it. An ignored SIGINT, or a handler of the caller, stays.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may, and only it is interrupted
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped
+
+    before = signal.getsignal(signal.SIGINT)
+    is_pythons = before is signal.default_int_handler
+    if is_pythons:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if is_pythons:
+            signal.signal(signal.SIGINT, before)
 
 
 def _dispatch(command: Any, overrides: list[str], console: Console) -> int:

@@ -121,6 +121,51 @@ def test_ctrl_c_is_clean_and_the_same_command_goes_on(tmp_path: Path, cli: Cli) 
     assert cli(*words).returncode == 0
 
 
+INTERRUPTED = """
+import os, signal, sys
+from experiments import ntk_width
+from experiments.base.cli import main
+
+def run(unit, run, tools):
+    exec("os.kill(os.getpid(), signal.SIGINT)\\nwhile True: pass", {"os": os, "signal": signal})
+
+ntk_width.run = run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupt_within_an_exec_of_text_ends_with_the_exit_status_too(tmp_path: Path) -> None:
+    """Dataclasses and named tuples are made by exec: CPython notes an interrupt there as unhandled, caught or not."""
+    words = ["run", "ntk_width", "--threads", "1", "--out", str(tmp_path), *TINY]
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 130, ended.stdout + ended.stderr
+    assert "stopped: 0 of 6 units" in ended.stdout and "Traceback" not in ended.stderr
+
+
+def test_interrupts_are_the_callers_again_afterwards() -> None:
+    from experiments.base.cli import Stopped, clean_interrupts
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(Stopped), clean_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with clean_interrupts():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in the background of a shell
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
@@ -9,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from curvlab.runs.report import Claim, Study, write_report
-from curvlab.runs.stats import Verdict
+from curvlab.runs.stats import Survives, Verdict
 from curvlab.runs.store import RunStoreError
 
 
@@ -62,6 +63,23 @@ def test_page_is_well_formed_and_self_contained(page):
         )
         assert not address.startswith("#") or address[1:] in page.ids
     assert page.tags.count("script") == 1 and "img" not in page.tags
+
+
+def test_page_explains_every_verdict_and_what_a_prediction_is(page):
+    text = " ".join(page.text.split())
+    for verdict in (Verdict.REPRODUCED, Verdict.DIRECTION_ONLY, Verdict.NOT_REPRODUCED):
+        assert str(verdict) in text
+    legend = text[text.index("Reproduced: the interval excludes") :]
+    for words in ("Without a published value", "no number of the paper was met or missed", "scaled down"):
+        assert words in legend
+    assert all(f"{str(answer).capitalize()}:" in legend for answer in Survives)
+
+
+def test_page_shows_an_undecided_control(tmp_path, make_study):
+    study = make_study()
+    claims = [dataclasses.replace(claim, survives=Survives.UNDECIDED) for claim in study.claims]
+    shown = Page(write_report([dataclasses.replace(study, claims=claims)], tmp_path).read_text())
+    assert "? undecided" in " ".join(shown.text.split())
 
 
 def test_page_says_it_all(tmp_path, page, make_study, hostile):
