@@ -136,14 +136,16 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_an_interrupt_within_an_exec_of_text_ends_with_the_exit_status_too(tmp_path: Path) -> None:
-    """Dataclasses and named tuples are made by exec: CPython notes an interrupt there as unhandled, caught or not."""
-    words = ["run", "ntk_width", "--threads", "1", "--out", str(tmp_path), *TINY]
+    """Dataclasses and named tuples are made by exec: CPython notes an interrupt there as unhandled, caught or not.
+
+    It looks at the note only where a module is run by ``-m``, as the commands are.
+    """
+    words = ["run", "ntk_width", "--threads", "1", "--out", str(tmp_path / "out"), *TINY]
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    start = [sys.executable, "-W", "ignore", "-m", "interrupted"]
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [*start, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 130, ended.stdout + ended.stderr
     assert "stopped: 0 of 6 units" in ended.stdout and "Traceback" not in ended.stderr
