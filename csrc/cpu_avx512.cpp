@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every family's CPU kernels for one instruction set; setup.py gives this file its flags and CURVLAB_CPU_CAPABILITY.
 #include "hvp/cpu_kernels.h"
+#include "hvp/first_conv_cpu.h"
 #include "hvp/pool_cpu.h"
 #include "hvp/softmax_hessian_cpu.h"
 #include "hvp/tangent_backward_cpu.h"

@@ -25,6 +25,13 @@ TORCH_LIBRARY(curvlab, m) {
   // hvp/: out[k, n, r, c] = x[k, n, index[n, r, c], c], and its adjoint
   m.def("pool_gather(Tensor x, Tensor index, Tensor(a!) out) -> ()");
   m.def("pool_scatter(Tensor g, Tensor index, Tensor(a!) out, bool unique) -> ()");
+  // hvp/: out[k, n, r, o] = bias[k, o] + sum_c,i,j w[k, o, c, i, j] x[n, position + (i, j), c], and the derivative by w
+  m.def(
+      "first_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? choice, int stride_height, int stride_width, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "first_conv_weight(Tensor g, Tensor x, Tensor? choice, int stride_height, int stride_width, Tensor(a!) out, "
+      "bool accumulate) -> ()");
   // hvp/: out = weight (diag p - p p^T) u
   m.def("softmax_hessian_product(Tensor p, Tensor label, Tensor weight, Tensor u, Tensor(a!) out) -> ()");
   // common/: the instruction set whose CPU kernels run

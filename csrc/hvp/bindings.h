@@ -39,6 +39,9 @@ inline void bind(pybind11::module_& m) {
   bind_op<T, O, O, O, O, O, O, O, O, O, O, O, O, O, O, O, bool>(m, "tangent_backward", "curvlab::tangent_backward");
   bind_op<T, T, T>(m, "pool_gather", "curvlab::pool_gather");
   bind_op<T, T, T, bool>(m, "pool_scatter", "curvlab::pool_scatter");
+  using I = std::int64_t;
+  bind_op<T, T, O, O, I, I, T>(m, "first_conv_forward", "curvlab::first_conv_forward");
+  bind_op<T, T, O, I, I, T, bool>(m, "first_conv_weight", "curvlab::first_conv_weight");
   bind_op<T, T, T, T, T>(m, "softmax_hessian_product", "curvlab::softmax_hessian_product");
 }
 

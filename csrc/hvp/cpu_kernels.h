@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/cpu_kernels.h"
+#include "hvp/first_conv.h"
 #include "hvp/pool.h"
 #include "hvp/softmax_hessian.h"
 #include "hvp/tangent.h"
@@ -18,12 +19,17 @@ struct CpuKernels {  // [ElementType]: float32, float64, bfloat16
   void (*gather_image[3])(const PoolArguments&, std::int64_t k, std::int64_t n);
   void (*scatter_image[3])(const PoolArguments&, std::int64_t k, std::int64_t n, float* scratch);
   void (*softmax_rows[3])(const SoftmaxArguments&, std::int64_t begin, std::int64_t end);
+  // float32 alone
+  void (*first_conv_image)(const FirstConvArguments&, std::int64_t n, const float* packed, const float* bias,
+                           float* out);
+  void (*first_conv_weight_image)(const FirstConvArguments&, std::int64_t n, const float* g, double* sums);
 };
 
 #define CURVLAB_HVP_TYPES(kernel) {kernel<float>, kernel<double>, kernel<BFloat16Bits>}
-#define CURVLAB_HVP_KERNELS                                                                            \
-  {CURVLAB_HVP_TYPES(forward_rows), CURVLAB_HVP_TYPES(backward_rows), CURVLAB_HVP_TYPES(gather_image), \
-   CURVLAB_HVP_TYPES(scatter_image), CURVLAB_HVP_TYPES(softmax_rows)}
+#define CURVLAB_HVP_KERNELS                                                                             \
+  {CURVLAB_HVP_TYPES(forward_rows),  CURVLAB_HVP_TYPES(backward_rows), CURVLAB_HVP_TYPES(gather_image), \
+   CURVLAB_HVP_TYPES(scatter_image), CURVLAB_HVP_TYPES(softmax_rows),  first_conv_image,                \
+   first_conv_weight_image}
 
 extern const CpuKernels kCpuKernelsDefault;
 extern const CpuKernels kCpuKernelsAvx2;  // where MULTI_ISA is defined

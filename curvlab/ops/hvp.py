@@ -33,6 +33,10 @@ pool_gather_into = _host.pool_gather
 """``(x, index, out)``."""
 pool_scatter_into = _host.pool_scatter
 """``(g, index, out, unique)``."""
+first_conv_forward_into = _host.first_conv_forward
+"""``(x, weight, bias, choice, stride_height, stride_width, out)``, bias and choice may be None."""
+first_conv_weight_into = _host.first_conv_weight
+"""``(g, x, choice, stride_height, stride_width, out, accumulate)``, choice may be None."""
 softmax_hessian_product_into = _host.softmax_hessian_product
 """``(p, label, weight, u, out)``."""
 
@@ -291,6 +295,82 @@ def pool_scatter(g: Tensor, index: Tensor, size: int, *, unique: bool = False, o
         raise ValueError(f"pool_scatter: out must be [K, N, {size}, C], got {list(out.shape)}")
     call = torch.ops.curvlab.pool_scatter if torch.compiler.is_compiling() else pool_scatter_into
     call(g, index, out, unique)
+    return out
+
+
+def first_conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    choice: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""The convolution of a network's inputs by K weights, at the positions that a 2 x 2 maximum pool chose.
+
+    .. math:: \mathrm{out}_{knro} = \mathrm{bias}_{ko} + \sum_{cij} \mathrm{weight}_{kocij}\;
+              x_{n,\,s_h y + i,\,s_w z + j,\,c},
+
+    (y, z) the r-th position, or the one of the r-th 2 x 2 positions that ``choice[n, r, o]`` names. Float32 on the CPU
+    alone; for few input channels, where the library's convolutions are slow.
+
+    Args:
+        x: ``[N, H, W, C]``, padded already.
+        weight: ``[K, O, C, h, w]``, each direction contiguous, rows anywhere.
+        bias: ``[K, O]``, rows anywhere.
+        choice: uint8 ``[N, R, O]``, 2 dy + dx of the winner, 4 or more: no winner, 0. None: no pool.
+        stride: of the convolution.
+        out: buffer ``[K, N, R, O]``.
+
+    Returns:
+        ``[K, N, R, O]``; R is ``H' W'``, with ``choice`` ``(H' // 2) (W' // 2)``.
+
+    Raises:
+        ValueError: shapes that do not fit, a tensor that is not contiguous, a stride below 1.
+        TypeError: a dtype other than float32 (uint8 for ``choice``).
+        NotImplementedError: see the module; another device than the CPU.
+    """
+    _refuse_transforms("first_conv_forward")
+    if out is None:
+        sizes = [(x.shape[1 + i] - weight.shape[3 + i]) // stride[i] + 1 for i in range(2)]
+        pool = 1 if choice is None else 2
+        out = x.new_empty(weight.shape[0], x.shape[0], (sizes[0] // pool) * (sizes[1] // pool), weight.shape[1])
+    call = torch.ops.curvlab.first_conv_forward if torch.compiler.is_compiling() else first_conv_forward_into
+    call(x, weight, bias, choice, stride[0], stride[1], out)
+    return out
+
+
+def first_conv_weight(
+    g: Tensor,
+    x: Tensor,
+    out: Tensor,
+    *,
+    choice: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    accumulate: bool = False,
+) -> Tensor:
+    """The adjoint of ``first_conv_forward`` in its weight; sums over samples and positions are made in float64.
+
+    Args:
+        g: ``[K, N, R, O]``.
+        x: ``[N, H, W, C]``, padded already.
+        out: buffer ``[K, O, C, h, w]``, each direction contiguous, rows anywhere.
+        choice: as there.
+        stride: as there.
+        accumulate: add to ``out`` instead of writing it.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: shapes that do not fit, a tensor that is not contiguous, a stride below 1.
+        TypeError: a dtype other than float32 (uint8 for ``choice``).
+        NotImplementedError: see the module; another device than the CPU.
+    """
+    _refuse_transforms("first_conv_weight")
+    call = torch.ops.curvlab.first_conv_weight if torch.compiler.is_compiling() else first_conv_weight_into
+    call(g, x, choice, stride[0], stride[1], out, accumulate)
     return out
 
 

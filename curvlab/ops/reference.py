@@ -245,6 +245,51 @@ def pool_scatter(g: Tensor, index: Tensor, size: int, *, unique: bool = False, o
     return _given(out, result)
 
 
+def _windows(x: Tensor, weight: Tensor, choice: Tensor | None, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """``[N, Q, R, taps]`` of x, Q positions a window, and what each counts for: ``[N, Q, R, O]``."""
+    patches = x.unfold(1, weight.shape[3], stride[0]).unfold(2, weight.shape[4], stride[1])  # [N, H', W', C, h, w]
+    rows, columns = patches.shape[1:3]
+    if choice is None:
+        flat = patches.reshape(x.shape[0], 1, rows * columns, -1)
+        return flat, flat.new_ones(*flat.shape[:3], weight.shape[1])
+    even = patches[:, : rows // 2 * 2, : columns // 2 * 2]
+    parts = [even[:, dy::2, dx::2].flatten(1, 2).flatten(2) for dy in (0, 1) for dx in (0, 1)]
+    won = [choice == position for position in range(4)]
+    return torch.stack(parts, 1), torch.stack(won, 1).to(x.dtype)
+
+
+def first_conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    choice: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    out: Tensor | None = None,
+) -> Tensor:
+    """As ``curvlab.ops.hvp.first_conv_forward``."""
+    patches, won = _windows(x, weight, choice, stride)
+    maps = torch.einsum("nqrt,kot->knqro", patches, weight.flatten(2))
+    if bias is not None:
+        maps = maps + bias[:, None, None, None]
+    return _given(out, (maps * won).sum(2))
+
+
+def first_conv_weight(
+    g: Tensor,
+    x: Tensor,
+    out: Tensor,
+    *,
+    choice: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    accumulate: bool = False,
+) -> Tensor:
+    """As ``curvlab.ops.hvp.first_conv_weight``."""
+    patches, won = _windows(x, out, choice, stride)
+    found = torch.einsum("knro,nqro,nqrt->kot", g, won, patches).view(out.shape)
+    return _given(out, found + out if accumulate else found)
+
+
 def softmax_hessian_product(
     p: Tensor, label: Tensor, weight: Tensor, u: Tensor, *, out: Tensor | None = None
 ) -> Tensor:

@@ -16,6 +16,7 @@ from curvlab.operators.engines.autograd import AutogradEngine
 from curvlab.operators.engines.chunks import split
 from curvlab.operators.engines.fused import FusedEngine
 from curvlab.operators.engines.layer_rules.exact_conv import exact_conv2d
+from curvlab.operators.engines.layer_rules.first_conv import FirstConvStep
 from curvlab.operators.engines.protocol import UnsupportedModel
 from curvlab.operators.engines.steps import Kept, Product, Run, Step
 from curvlab.operators.problem import Problem
@@ -135,6 +136,34 @@ def test_rewrites() -> None:
     assert apart == ["ConvStep", "FixedNormStep", "ActivationStep", "MaxPoolStep", "MeanStep", "MeanStep", "AddStep"]
     smooth = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 3))
     assert kinds(problem_of(smooth, 2, 4, 4))[1:3] == ["ActivationStep", "MaxPoolStep"]
+
+
+def _first_convolution(pool: nn.Module | None, tail: str) -> nn.Module:
+    after = {"relu": [nn.ReLU()], "tanh": [nn.Tanh()], "norm": [nn.BatchNorm2d(5), nn.ReLU()], "none": []}[tail]
+    conv = nn.Conv2d(3, 5, (3, 2), stride=(1, 2), padding=(1, 2))
+    front = nn.Sequential(conv, *after, *([] if pool is None else [pool]), nn.Flatten())
+    features = front.eval()(torch.zeros(1, 3, 9, 11)).shape[1]
+    return nn.Sequential(*front, nn.Linear(features, 4))
+
+
+@pytest.mark.parametrize("pool", [None, nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True)])
+@pytest.mark.parametrize("tail", ["relu", "tanh", "norm", "none"])
+def test_convolution_of_inputs(pool: nn.Module | None, tail: str) -> None:
+    """The own kernel in float32: with its pool if windows are pairs; folded norms, chosen parts, two chunks."""
+    model = seeded(lambda: _first_convolution(pool, tail)).eval()
+    x, y = normal(6, 3, 9, 11), labels(6, classes=4)
+    for chosen in (None, ["0.weight"], ["0.bias"]):
+        problem = Problem(model, nn.CrossEntropyLoss(), [(x[:4], y[:4]), (x[4:], y[4:])], params=chosen)
+        engine = FusedEngine(problem.to(torch.float32))
+        steps = [step for step in engine.program.steps if isinstance(step, FirstConvStep)]
+        assert len(steps) == 1
+        halves = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == 2 and not pool.ceil_mode and tail != "tanh"
+        assert (steps[0].pool is not None) == halves
+        rows, judge = normal(3, problem.num_params, seed=5), AutogradEngine(problem)
+        for product in ("hessian", "ggn"):
+            got, expected = getattr(engine, product)(rows.float()), getattr(judge, product)(rows)
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
+        torch.testing.assert_close(engine.gradient().double(), judge.gradient(), rtol=0, atol=1e-6)
 
 
 def test_chunks_are_nearly_equal() -> None:

@@ -155,6 +155,37 @@ def check_pooling(draw: Draw, shape: tuple[int, int, int, int, int]) -> None:
     assert_near(scattered, reference.pool_scatter(wide(g)[:, :, : alone.shape[1]], alone, size), draw.dtype)
 
 
+# K, N, H, W, C, O, h, w, stride, pool: less than a register of outputs, several, a rest; odd maps; taps of one to five
+# calls; nothing but a rest of positions
+FIRST_CONVS = (
+    (2, 3, 11, 9, 1, 20, 3, 3, (1, 1), True),
+    (1, 9, 14, 18, 3, 32, 3, 3, (1, 1), True),
+    (3, 2, 12, 15, 3, 5, 7, 7, (2, 1), True),
+    (2, 17, 12, 20, 3, 16, 3, 3, (1, 1), False),
+    (1, 4, 15, 13, 4, 70, 5, 3, (2, 2), False),
+    (1, 1, 3, 3, 2, 1, 3, 3, (1, 1), False),
+    (1, 2, 3, 3, 2, 4, 3, 3, (1, 1), True),
+)
+
+
+def check_first_conv(draw: Draw, shape: tuple[int, int, int, int, int, int, int, int, tuple[int, int], bool]) -> None:
+    """Both ops, with rows of a block of flat vectors, some windows without a winner, and sums that are added."""
+    k, n, height, width, c, o, h, w, stride, pool = shape
+    x = draw.data(n, height, width, c)
+    rows = draw.rows(k, o * c * h * w)
+    weight, bias = rows.view(k, o, c, h, w), draw.maybe(lambda: draw.rows(k, o))
+    part = 2 if pool else 1
+    windows = (((height - h) // stride[0] + 1) // part) * (((width - w) // stride[1] + 1) // part)
+    choice = torch.randint(0, 5, (n, windows, o), generator=draw.generator, dtype=torch.uint8) if pool else None
+    options: dict[str, Any] = {"choice": choice, "stride": stride}
+    got = hvp.first_conv_forward(x, weight, bias, **options)
+    assert_near(got, reference.first_conv_forward(wide(x), wide(weight), wide(bias), **options), draw.dtype)
+    g, start = draw.data(k, n, windows, o), draw.rows(k, o * c * h * w).view(k, o, c, h, w)
+    for accumulate in (False, True):
+        want = reference.first_conv_weight(wide(g), wide(x), wide(start).clone(), **options, accumulate=accumulate)
+        assert_near(hvp.first_conv_weight(g, x, start, **options, accumulate=accumulate), want, draw.dtype)
+
+
 def softmax_arguments(draw: Draw, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p, label (some outside of the classes), weight (some 0), u."""
     k, n, c = shape

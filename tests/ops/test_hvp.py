@@ -36,6 +36,12 @@ def test_pooling(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> N
     hvp_samples.check_pooling(Draw(0, dtype), shape)
 
 
+@pytest.mark.parametrize("shape", hvp_samples.FIRST_CONVS)
+def test_first_convolution(shape: tuple) -> None:
+    for seed in range(2):
+        hvp_samples.check_first_conv(Draw(seed, torch.float32), shape)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 20, 10), (2, 7, 33), (1, 5, 1000), (1, 2, 4100)])
 def test_softmax(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -217,6 +223,8 @@ def test_every_instruction_set(capability: str) -> None:
         "  for i, shape in enumerate(s.SHAPES):\n"
         "    s.check_forward(s.Draw(i, dtype), shape); s.check_backward(s.Draw(i, dtype), shape)\n"
         "  s.check_pooling(s.Draw(0, dtype), (2, 2, 9, 4, 33)); s.check_softmax(s.Draw(0, dtype), (2, 5, 21))\n"
+        "for i, shape in enumerate(s.FIRST_CONVS):\n"
+        "  s.check_first_conv(s.Draw(i, torch.float32), shape)\n"
     )
     environment = os.environ | {"CURVLAB_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -232,6 +240,8 @@ def bare_calls() -> dict[str, tuple]:
     a, b, mask = draw.data(2, 3, 4), draw.data(2, 3, 4), draw.mask(3, 4)
     new = lambda *shape: torch.empty(*shape)  # noqa: E731
     index = torch.randint(-1, 9, (2, 3, 4), dtype=torch.int32)
+    image, kernel = draw.data(2, 5, 6, 3), draw.data(2, 4, 3, 3, 2)
+    choice = torch.randint(0, 4, (2, 2, 4), dtype=torch.uint8)
     forward = (a, b, draw.rows(2, 4), draw.channels(4), None, None, None, mask, draw.data(3, 4))
     backward = (a, None, mask, None, None, None, None, None, None, None, None, None)
     return {
@@ -241,6 +251,8 @@ def bare_calls() -> dict[str, tuple]:
         "pool_gather": (draw.data(2, 2, 9, 4), index, new(2, 2, 3, 4)),
         "pool_scatter": (draw.data(2, 2, 3, 4), index, new(2, 2, 9, 4), False),
         "softmax_hessian_product": (*hvp_samples.softmax_arguments(draw, (2, 3, 4)), new(2, 3, 4)),
+        "first_conv_forward": (image, kernel, draw.rows(2, 4), choice, 1, 1, new(2, 2, 2, 4)),
+        "first_conv_weight": (draw.data(2, 2, 15, 4), image, None, 1, 1, new(2, 4, 3, 3, 2), False),
     }
 
 
@@ -278,6 +290,10 @@ def test_derivatives_are_refused() -> None:
         "pool_scatter": lambda x: hvp.pool_scatter(x[None], torch.zeros(2, 3, 4, dtype=torch.int32), 2),
         "softmax_hessian_product": lambda x: hvp.softmax_hessian_product(
             torch.ones(3, 4), torch.zeros(3).long(), torch.ones(3), x
+        ),
+        "first_conv_forward": lambda x: hvp.first_conv_forward(x[None], torch.ones(1, 1, 4, 1, 1)),
+        "first_conv_weight": lambda x: hvp.first_conv_weight(
+            torch.ones(1, 1, 6, 1), x[None], torch.ones(1, 1, 4, 1, 1)
         ),
     }
     for name, call in calls.items():

@@ -124,6 +124,7 @@ class FusedEngine:
             probe,
             batch_norm=self.problem.batch_norm,
             statistics=statistics,
+            first_conv=self.problem.device.type == "cpu" and self.compute == torch.float32,
         )
         with torch.no_grad():
             known = statistics or {}

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from curvlab.operators.engines import layer_rules
 from curvlab.operators.engines.layer_rules.activation import ActivationStep, AddStep
 from curvlab.operators.engines.layer_rules.affine import AffineStep, Fold
+from curvlab.operators.engines.layer_rules.first_conv import use_first_conv
 from curvlab.operators.engines.layer_rules.norm import FixedNormStep
 from curvlab.operators.engines.layer_rules.pool import MaxPoolStep
 from curvlab.operators.engines.protocol import UnsupportedModel
@@ -72,6 +73,7 @@ def build_program(
     *,
     batch_norm: str,
     statistics: Mapping[str, Tensor] | None,
+    first_conv: bool = False,
 ) -> Program:
     """The program of a model.
 
@@ -83,6 +85,7 @@ def build_program(
         probe: a few samples of inputs: a tensor, a tuple or a dict.
         batch_norm: the problem's BatchNorm mode.
         statistics: BatchNorm's running statistics by buffer name, if all samples share them; else None.
+        first_conv: whether the own kernel for convolutions of inputs may be used: float32 on the CPU.
 
     Raises:
         UnsupportedModel: naming the node and the layer.
@@ -113,7 +116,7 @@ def build_program(
     if not program.slots[program.output].active:
         raise UnsupportedModel("fused: model must depend on a chosen parameter, got an output that is a constant")
     _prune(program)
-    _rewrite(program, builder)
+    _rewrite(program, builder, first_conv)
     return program
 
 
@@ -306,12 +309,14 @@ def _add_constant(builder: Builder, node: fx.Node, arguments: list[fx.Node], slo
     return True
 
 
-def _rewrite(program: Program, builder: Builder) -> None:
+def _rewrite(program: Program, builder: Builder, first_conv: bool) -> None:
     """All rewrites, then what steps may overwrite and sum for each other."""
     if builder.statistics_fixed:
         _fold_norms(program, builder)
     _swap_pools(program)
     _merge_sums(program)
+    if first_conv:
+        use_first_conv(program)
     for index, step in enumerate(program.steps):
         if hasattr(step, "index"):
             step.index = index  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from curvlab.operators.engines.layer_rules.affine import AffineBound, AffineStep
 from curvlab.operators.engines.layer_rules.exact_conv import exact_conv2d
+from curvlab.operators.engines.layer_rules.pool import as_pair
 from curvlab.operators.engines.rules import Builder, register_function, register_match
 from curvlab.operators.engines.steps import Product, Run
 
@@ -38,7 +39,7 @@ class ConvStep(AffineStep):
         weight: str,
         bias: str | None,
         *,
-        kernel: tuple[int, int],
+        shape: tuple[int, ...],
         stride: tuple[int, int],
         padding: tuple[int, int],
         dilation: tuple[int, int],
@@ -46,7 +47,8 @@ class ConvStep(AffineStep):
     ) -> None:
         super().__init__(name, inputs, output, weight, bias)
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
-        reach = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+        self.shape = shape  # of the weight
+        reach = [d * (k - 1) - p for d, k, p in zip(dilation, shape[2:], padding, strict=True)]
         self.flip_padding = reach if groups == 1 and tuple(stride) == (1, 1) and min(reach) >= 0 else None
         self.in_place_sum = False
 
@@ -248,7 +250,7 @@ def _add_conv(
     groups: int,
 ) -> None:
     kernel = builder.theta[weight].shape[2:]
-    pair_dilation = _pair(dilation)
+    pair_dilation = as_pair(dilation)
     if padding == "valid":
         padding = 0
     elif padding == "same":
@@ -264,14 +266,10 @@ def _add_conv(
         builder.new_slot(),
         weight,
         bias,
-        kernel=(kernel[0], kernel[1]),
-        stride=_pair(stride),
-        padding=_pair(padding),
+        shape=tuple(builder.theta[weight].shape),
+        stride=as_pair(stride),
+        padding=as_pair(padding),
         dilation=pair_dilation,
         groups=groups,
     )
     builder.add(node, step)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])

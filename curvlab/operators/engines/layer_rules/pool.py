@@ -17,10 +17,11 @@ from curvlab.operators.engines.rules import Builder, register_function, register
 from curvlab.operators.engines.steps import Kept, Run, Slot, Step
 from curvlab.ops import hvp
 
-__all__ = ["AveragePoolStep", "MaxPoolStep", "MeanStep"]
+__all__ = ["AveragePoolStep", "MaxPoolStep", "MeanStep", "as_pair"]
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def as_pair(value: Any) -> tuple[int, int]:
+    """One number for both axes, or two."""
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
@@ -43,7 +44,7 @@ class MaxPoolStep(Step):
     ):
         super().__init__(name, inputs, output)
         self.kernel, self.stride, self.padding, self.dilation, self.ceil = kernel, stride, padding, dilation, ceil
-        apart = [(k - 1) * d < s for k, s, d in zip(_pair(kernel), _pair(stride), _pair(dilation), strict=True)]
+        apart = [(k - 1) * d < s for k, s, d in zip(as_pair(kernel), as_pair(stride), as_pair(dilation), strict=True)]
         self.unique = all(apart)
         self.index: Tensor | None = None
 
@@ -131,7 +132,7 @@ class AveragePoolStep(Step):
             below = aten._adaptive_avg_pool2d_backward(images, like)
         else:
             o = self.options
-            kernel, stride, padding = _pair(o["kernel_size"]), _pair(o["stride"]), _pair(o["padding"])
+            kernel, stride, padding = as_pair(o["kernel_size"]), as_pair(o["stride"]), as_pair(o["padding"])
             below = aten.avg_pool2d_backward(
                 images, like, kernel, stride, padding, o["ceil_mode"], o["count_include_pad"], o["divisor_override"]
             )
@@ -231,7 +232,7 @@ def _average_function(builder: Builder, node: Any, module: Any) -> None:
 
 def _add_adaptive(builder: Builder, node: Any, x: int, size: Any) -> None:
     _check_image(builder, node, x)
-    if all(one == 1 for one in _pair(size)):
+    if all(one == 1 for one in as_pair(size)):
         builder.add(node, MeanStep(builder.label(node), (x,), builder.new_slot(), (2, 3), True))
         return
     step = AveragePoolStep(builder.label(node), (x,), builder.new_slot(), {"output_size": size}, True)
