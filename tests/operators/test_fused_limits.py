@@ -142,3 +142,24 @@ def test_linearized_agrees() -> None:
 def test_precision_is_checked() -> None:
     with pytest.raises(ValueError, match="precision must be None, 'bf16' or"):
         FusedEngine(budget_problem(2), precision="tf32")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batches", [(32, 32), (40, 17, 5)])
+def test_packed_weights_change_no_product(batches: tuple[int, ...], bias: bool) -> None:
+    """Wide layers multiply one direction by weights that were packed for the rows of a chunk."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Linear(20, 300, bias=bias), nn.Tanh(), nn.Linear(300, 257, bias=bias), nn.Tanh()]
+        model = nn.Sequential(*layers, nn.Linear(257, 10))
+    n = sum(batches)
+    x, y = normal(n, 20).float(), labels(n, classes=10)
+    data = list(zip(x.split(batches), y.split(batches), strict=True))
+    engine = FusedEngine(Problem(model, nn.CrossEntropyLoss(), data))
+    judge = AutogradEngine(Problem(model, nn.CrossEntropyLoss(), data).to(F64))
+    rows = normal(2, engine.problem.num_params)
+    for name in ("hessian", "ggn"):
+        exact = getattr(judge, name)(rows)
+        for k in (1, 2):
+            found = getattr(engine, name)(rows[:k].float())
+            assert float((found - exact[:k]).norm() / exact[:k].norm()) < 2e-6, (name, k)

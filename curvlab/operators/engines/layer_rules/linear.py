@@ -9,6 +9,7 @@ Two matrix products for each of the three, the least there is; each second one a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,36 @@ from curvlab.operators.engines.layer_rules.affine import AffineBound, AffineStep
 from curvlab.operators.engines.rules import Builder, register_function, register_match
 from curvlab.operators.engines.steps import Product, Run
 
-__all__ = ["LinearStep"]
+__all__ = ["LinearStep", "PackedWeight"]
+
+_SMALLEST = 256  # rows and columns of a weight worth packing: a call of the packed product costs 10 us more
+
+
+class PackedWeight:
+    """``t -> t W^T`` with W ``[O, I]`` in the order in which MKL's product reads it, packed once for a number of rows.
+
+    An ordinary product packs its factors at every call: 203 against 188 GFLOP/s at 512 x 1024 x 1024, one thread.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.packed: dict[int, Tensor] = {}  # by rows: of a whole chunk and of the last one
+        worth = weight.dtype == torch.float32 and weight.device.type == "cpu" and min(weight.shape) >= _SMALLEST
+        self.worth = worth and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        return PackedWeight(copy.deepcopy(self.weight, memo))  # what is packed cannot be copied
+
+    def __call__(self, t: Tensor) -> Tensor | None:
+        """The product of ``t`` ``[R, I]``, or None where it has no packed form."""
+        if not self.worth or t.dtype != torch.float32:
+            return None
+        rows = len(t)
+        if rows not in self.packed:
+            if len(self.packed) == 2:
+                self.packed.clear()
+            self.packed[rows] = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+        return torch.ops.mkl._mkl_linear(t, self.packed[rows], self.weight, None, rows)
 
 
 class LinearStep(AffineStep):
@@ -35,6 +65,7 @@ class LinearStep(AffineStep):
         """As for all affine steps; the weight is kept transposed too: products with contiguous factors are faster."""
         super().set_theta(theta, dtype, compute)
         self.weight_t = self.weight.t().contiguous()
+        self.ahead, self.back = PackedWeight(self.weight), PackedWeight(self.weight_t)
 
     def bind(self, product: Product) -> AffineBound:
         """Views of the directions and of the result; copies only where something is folded."""
@@ -58,8 +89,14 @@ class LinearStep(AffineStep):
         """Rz."""
         x, t, k = kept[0], run.t[self.inputs[0]], run.k
         rows = x.numel() // x.shape[-1]
-        out = None
-        if bound.weight is not None:
+        out = None if t is None or k > 1 else self.ahead(t.view(rows, -1))  # t W^T of one direction
+        if out is not None:
+            t, out = None, out.view(1, rows, -1)
+            if bound.bias is not None:
+                out.add_(bound.bias[run.lo : run.hi])
+            if bound.weight is not None:
+                out.baddbmm_(x.view(1, rows, -1), bound.weight[run.lo : run.hi].mT)
+        elif bound.weight is not None:
             factors = x.view(1, rows, -1).expand(k, -1, -1), bound.weight[run.lo : run.hi].mT
             bias = bound.bias
             out = torch.bmm(*factors) if bias is None else torch.baddbmm(bias[run.lo : run.hi], *factors)
@@ -93,7 +130,9 @@ class LinearStep(AffineStep):
             if shared is not None and t is not None:
                 self._add_weight(run, bound, (shared.mT, t.view(k, rows, -1)), False)
         if self.has_tangent():
-            below = torch.mm(g.reshape(k * rows, -1), self.weight)
+            flat = g.reshape(k * rows, -1)
+            below = self.back(flat) if k == 1 else None
+            below = torch.mm(flat, self.weight) if below is None else below
             if shared is not None and bound.weight is not None:
                 below.view(k, rows, -1).baddbmm_(shared, bound.weight[run.lo : run.hi])
             run.give(self.inputs[0], below.view(k, *x.shape))
