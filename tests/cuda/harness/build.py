@@ -31,7 +31,10 @@ NORMS_LAUNCHERS = (NORMS / "multi_tensor_norms_cuda.cu", NORMS / "filter_norms_c
 HVP = ROOT / "csrc" / "hvp"
 HVP_LAUNCHERS = tuple(HVP / f"{name}_cuda.cu" for name in ("tangent", "pool", "softmax_hessian", "activation_factors"))
 
-_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HVP, HARNESS, PLANTED)
+SPARSE = ROOT / "csrc" / "sparse_conv"
+SPARSE_LAUNCHERS = (SPARSE / "masked_conv2d_cuda.cu",)
+
+_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HVP, SPARSE, HARNESS, PLANTED)
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 _HOST_FLAGS = (
     "-std=c++20",
@@ -178,7 +181,9 @@ def _version(compiler: str) -> str:
 def _key(compiler: str, flags: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join([compiler, _version(compiler), *flags]).encode())
     for folder in _SOURCE_FOLDERS:
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES):
+        # csrc's .cpp files need torch: nothing here compiles them
+        suffixes = _SOURCE_SUFFIXES - {".cpp"} if folder.is_relative_to(ROOT / "csrc") else _SOURCE_SUFFIXES
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in suffixes):
             digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
