@@ -45,9 +45,8 @@ const char* permute(const void* values, const std::int32_t* source, std::int64_t
 }
 
 template <class scalar_t>
-const char* weight_gradient(const GatherArguments& x, void* workspace, void* dvalues, cudaStream_t stream) {
+const char* weight_gradient(const GatherArguments& x, int splits, void* workspace, void* dvalues, cudaStream_t stream) {
   using acc_t = typename Held<scalar_t>::type;
-  const int splits = weight_splits(x);
   acc_t* partial = static_cast<acc_t*>(workspace);
   if (x.windowed) {
     if (const char* error = allow_shared(weight_windows_kernel<scalar_t>, x.shared_bytes)) return error;
@@ -92,16 +91,17 @@ const char* launch_permute_values(const void* values, const std::int32_t* source
   }
 }
 
-const char* launch_weight_gradient(const GatherArguments& x, void* workspace, void* dvalues, void* stream_handle) {
+const char* launch_weight_gradient(const GatherArguments& x, int splits, void* workspace, void* dvalues,
+                                   void* stream_handle) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   if (x.nonzeros == 0) return nullptr;
   switch (x.type) {
     case kFloat64:
-      return weight_gradient<double>(x, workspace, dvalues, stream);
+      return weight_gradient<double>(x, splits, workspace, dvalues, stream);
     case kBFloat16:
-      return weight_gradient<BFloat16Bits>(x, workspace, dvalues, stream);
+      return weight_gradient<BFloat16Bits>(x, splits, workspace, dvalues, stream);
     default:
-      return weight_gradient<float>(x, workspace, dvalues, stream);
+      return weight_gradient<float>(x, splits, workspace, dvalues, stream);
   }
 }
 

@@ -17,9 +17,9 @@ const char* launch_gather(const GatherArguments& x, void* stream);
 const char* launch_permute_values(const void* values, const std::int32_t* source, std::int64_t count, std::int32_t type,
                                   void* permuted, void* stream);
 
-// dvalues[k] from in_data and the gradient in out_data, which is only read. `workspace` holds weight_splits(x) *
-// x.nonzeros numbers of the accumulation type.
-const char* launch_weight_gradient(const GatherArguments& x, void* workspace, void* dvalues, void* stream);
+// dvalues[k] from in_data and the gradient in out_data, which is only read. `workspace` holds splits * x.nonzeros
+// numbers of the accumulation type; splits is at least 1 and at most weight_splits(x), which is the number to take.
+const char* launch_weight_gradient(const GatherArguments& x, int splits, void* workspace, void* dvalues, void* stream);
 
 constexpr std::int64_t kWeightBlocks = 2048;              // several waves of any device's blocks
 constexpr std::int64_t kWorkspaceBytes = 64ll << 20;      // at most, unless one row is larger

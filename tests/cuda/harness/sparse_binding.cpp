@@ -92,11 +92,11 @@ CURVLAB_EXPORT const char* host_permute_values(const void* values, const std::in
   return guarded([&] { return launch_permute_values(values, source, count, type, permuted, nullptr); });
 }
 
-CURVLAB_EXPORT const char* host_weight_gradient(const GatherArguments* x, void* dvalues) {
+CURVLAB_EXPORT const char* host_weight_gradient(const GatherArguments* x, int splits, void* dvalues) {
   return guarded([&] {
-    const std::int64_t numbers = weight_splits(*x) * x->nonzeros;
+    const std::int64_t numbers = splits * x->nonzeros;
     std::vector<double> workspace(static_cast<size_t>(numbers));  // device memory that nobody has written: NaN
     if (numbers) std::memset(static_cast<void*>(workspace.data()), 0xFF, 8 * workspace.size());
-    return launch_weight_gradient(*x, workspace.data(), dvalues, nullptr);
+    return launch_weight_gradient(*x, splits, workspace.data(), dvalues, nullptr);
   });
 }

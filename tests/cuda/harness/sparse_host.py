@@ -90,7 +90,7 @@ class Conv:
 
 @dataclass
 class Call:
-    """An op on concrete data. ``images_lie_together``: None leaves the choice of kernel to the rule on images."""
+    """An op on concrete data. ``windows``: whether to take the windowed kernels; None: by the number of images."""
 
     op: str
     conv: Conv
@@ -233,8 +233,8 @@ class HostSparse:
         """To be closed by the caller."""
         return Plan(self.library, call)
 
-    def run(self, call: Call, *, order: str = "forward") -> Call:
-        """The call, its output filled and its arguments as they were passed."""
+    def run(self, call: Call, *, order: str = "forward", splits: int | None = None) -> Call:
+        """The call, its output filled and its arguments as they were passed; ``splits`` of a weight gradient."""
         kind, seed = ORDERS[order]
         self.library.host_set_order(ctypes.c_int(kind), ctypes.c_uint64(seed))
         untouched = _untouched(call)
@@ -256,7 +256,8 @@ class HostSparse:
                 )
                 x.values = permuted.ctypes.data
             if call.op == "weight":
-                error = self.library.host_weight_gradient(ctypes.byref(x), c_void_p(call.out.address))
+                rows = c_int32(splits or self.library.host_weight_splits(ctypes.byref(x)))
+                error = self.library.host_weight_gradient(ctypes.byref(x), rows, c_void_p(call.out.address))
             else:
                 error = self.library.host_gather(ctypes.byref(x))
             self._check(error)
