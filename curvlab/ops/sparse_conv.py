@@ -17,7 +17,8 @@ Index lists are prepared once per ``indices`` tensor and geometry and kept while
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,21 @@ from curvlab.ops import reference_sparse
 Pair = int | Sequence[int]
 
 
-class _Geometry(NamedTuple):
+@dataclass(frozen=True)  # no tuple: vmap's generated rules would take one apart and then miss its parts
+class _Geometry:
     weight_shape: tuple[int, ...]
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    input_size: tuple[int, ...] = ()  # of masked_conv2d_input
 
+    @property
+    def arguments(self) -> tuple:
+        """As the last arguments of the bare ops."""
+        return self.weight_shape, self.stride, self.padding, self.dilation, self.groups
+
+    @property
     def named(self) -> dict[str, Any]:
         """As the keywords of the reference."""
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
@@ -71,28 +80,28 @@ def _transforms_active() -> bool:
 
 def _conv(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     if not _transforms_active():
-        return torch.ops.curvlab.masked_conv2d(x, values, indices, bias, *geometry)
+        return torch.ops.curvlab.masked_conv2d(x, values, indices, bias, *geometry.arguments)
     if torch.compiler.is_compiling():
-        return reference_sparse.masked_conv2d(x, values, indices, geometry.weight_shape, bias, **geometry.named())
+        return reference_sparse.masked_conv2d(x, values, indices, geometry.weight_shape, bias, **geometry.named)
     out = _Conv.apply(x, values, indices, geometry)
     return out if bias is None else out + bias[:, None, None]
 
 
 def _input(grad: Tensor, values: Tensor, indices: Tensor, size: Sequence[int], geometry: _Geometry) -> Tensor:
     if not _transforms_active():
-        return torch.ops.curvlab.masked_conv2d_input(grad, values, indices, size, *geometry)
+        return torch.ops.curvlab.masked_conv2d_input(grad, values, indices, size, *geometry.arguments)
     if torch.compiler.is_compiling():
         return reference_sparse.masked_conv2d_input(
-            grad, values, indices, geometry.weight_shape, size, **geometry.named()
+            grad, values, indices, geometry.weight_shape, size, **geometry.named
         )
-    return _Input.apply(grad, values, indices, tuple(size), geometry)
+    return _Input.apply(grad, values, indices, replace(geometry, input_size=tuple(size)))
 
 
 def _weight(x: Tensor, grad: Tensor, indices: Tensor, geometry: _Geometry) -> Tensor:
     if not _transforms_active():
-        return torch.ops.curvlab.masked_conv2d_weight(x, grad, indices, *geometry)
+        return torch.ops.curvlab.masked_conv2d_weight(x, grad, indices, *geometry.arguments)
     if torch.compiler.is_compiling():
-        return reference_sparse.masked_conv2d_weight(x, grad, indices, geometry.weight_shape, **geometry.named())
+        return reference_sparse.masked_conv2d_weight(x, grad, indices, geometry.weight_shape, **geometry.named)
     return _Weight.apply(x, grad, indices, geometry)
 
 
@@ -106,7 +115,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, values: Tensor, indices: Tensor, geometry: _Geometry) -> Tensor:
-        return torch.ops.curvlab.masked_conv2d(x, values, indices, None, *geometry)
+        return torch.ops.curvlab.masked_conv2d(x, values, indices, None, *geometry.arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -132,12 +141,12 @@ class _Input(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad: Tensor, values: Tensor, indices: Tensor, size: tuple, geometry: _Geometry) -> Tensor:
-        return torch.ops.curvlab.masked_conv2d_input(grad, values, indices, size, *geometry)
+    def forward(grad: Tensor, values: Tensor, indices: Tensor, geometry: _Geometry) -> Tensor:
+        return torch.ops.curvlab.masked_conv2d_input(grad, values, indices, geometry.input_size, *geometry.arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        grad, values, indices, ctx.size, ctx.geometry = inputs
+        grad, values, indices, ctx.geometry = inputs
         ctx.save_for_backward(grad, values, indices)
         ctx.save_for_forward(grad, values, indices)
 
@@ -146,13 +155,15 @@ class _Input(torch.autograd.Function):
         grad, values, indices = ctx.saved_tensors
         gg = _conv(a, values, indices, None, ctx.geometry) if ctx.needs_input_grad[0] else None
         gv = _weight(a, grad, indices, ctx.geometry) if ctx.needs_input_grad[1] else None
-        return gg, gv, None, None, None
+        return gg, gv, None, None
 
     @staticmethod
     def jvp(ctx: Any, tg: Tensor | None, tv: Tensor | None, *_: None) -> Tensor | None:
         grad, values, indices = ctx.saved_tensors
-        along_grad = None if tg is None else _input(tg, values, indices, ctx.size, ctx.geometry)
-        return _sum_of([along_grad, None if tv is None else _input(grad, tv, indices, ctx.size, ctx.geometry)])
+        along_grad = None if tg is None else _input(tg, values, indices, ctx.geometry.input_size, ctx.geometry)
+        return _sum_of(
+            [along_grad, None if tv is None else _input(grad, tv, indices, ctx.geometry.input_size, ctx.geometry)]
+        )
 
 
 class _Weight(torch.autograd.Function):
@@ -160,7 +171,7 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, grad: Tensor, indices: Tensor, geometry: _Geometry) -> Tensor:
-        return torch.ops.curvlab.masked_conv2d_weight(x, grad, indices, *geometry)
+        return torch.ops.curvlab.masked_conv2d_weight(x, grad, indices, *geometry.arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
