@@ -19,6 +19,7 @@ namespace curvlab::sparse_conv {
 
 struct Pair {  // along height and width
   std::int32_t h, w;
+  bool operator==(const Pair&) const = default;
 };
 
 struct Phase {
