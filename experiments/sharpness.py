@@ -14,8 +14,9 @@ have no scale of their own: 32 times more updates let them grow, and λ_max fall
 norm-relative measures do not see that.
 
 Arms. ``as-written``: the batch size study's rates, equal epochs. ``equal-updates``: as many updates for every batch.
-Points. ``last``: the last epoch. ``mark``: the first epoch whose training loss is at most 0.01 (equal loss). The
-networks are the batch size study's: found in the store by the hash of their training stage, trained where they are not.
+Points. ``last``: the last epoch. ``mark``: the first epoch whose running training loss is at most the mark (equal loss;
+0.01, and 0.6 in the scaled preset, whose networks end between 0.1 and 0.57). The networks are the batch size study's:
+found in the store by the hash of their training stage, trained where they are not.
 """
 
 import sys
@@ -29,7 +30,7 @@ if __name__ == "__main__":  # run as a file: the checkout's root takes this fold
     runpy.run_module("experiments", run_name="__main__")
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -39,35 +40,29 @@ from curvlab.runs import figures as draw
 from curvlab.runs.report import Claim
 from curvlab.runs.store import Row, Run, RunStore
 from curvlab.runs.tables import Table
-from curvlab.training.recipe import Recipe
-from curvlab.training.stages import Network, Samples, Trained, TrainStage, train_or_load
+from curvlab.training.stages import Trained, TrainStage, train_or_load
 from experiments.base import Law, Tools, flatness, paper
 from experiments.base.flatness_claims import Flatness, flatness_claims, flatness_laws, flatness_notes
 from experiments.base.flatness_report import flatness_figures, flatness_tables
+from experiments.base.image_networks import BatchGrid, Cell, Net, train_cells
 from experiments.base.networks import correct, encode_hits, forecast_stage
 
 PROTOCOL = 1
+LOSS_MARK = 0.01  # Jiang et al. (2020) compare networks at this cross-entropy; also the training stages' own mark
 
 Arm = Literal["as-written", "equal-updates"]
 Point = Literal["last", "mark"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(BatchGrid):
     """The paper's protocol on the batch size study's networks; presets and ``field=value`` change it."""
 
-    dataset: Literal["cifar10", "digits"] = "cifar10"
-    num_train: int = 50_000
-    channels: int = 32
-    batches: tuple[int, ...] = tuple(paper.BATCH_LR)
-    lrs: tuple[float, ...] = tuple(paper.BATCH_LR.values())
-    reference: int = 128
-    """The batch whose number of updates the arm ``equal-updates`` takes."""
-    epochs: int = 80
-    seeds: int = 10
-    momentum: float = 0.9
     arms: tuple[Arm, ...] = ("as-written", "equal-updates")
     points: tuple[Point, ...] = ("last", "mark")
+    loss_mark: float = LOSS_MARK
+    """Running training loss at which the networks of the point ``mark`` stand, to the epoch that first goes below it.
+    Another one than the stages' own asks for networks trained once more, with the same bits."""
     hessian_samples: int = 1000
     """Curvature is taken on the first that many training images."""
     probes: int = 32
@@ -91,44 +86,16 @@ class Config:
     too close to the bound of the law."""
 
     def __post_init__(self) -> None:
-        if len(self.batches) < 2 or len(set(self.batches)) != len(self.batches) or len(self.lrs) != len(self.batches):
-            raise ValueError(
-                f"Config: batches must be two or more, different, with one lr each, got {self.batches} and {self.lrs}"
-            )
-        if self.reference not in self.batches:
-            raise ValueError(f"Config: reference must be one of batches {self.batches}, got {self.reference}")
-        counts = (self.seeds, self.channels, self.hessian_samples, self.noise_samples, self.slice_samples, self.draws)
-        if min(*counts, self.probes, self.density_probes, self.density_steps) < 1 or self.power_iterations < 0:
+        super().__post_init__()
+        counts = (self.hessian_samples, self.noise_samples, self.slice_samples, self.draws, self.probes)
+        if min(*counts, self.density_probes, self.density_steps) < 1 or self.power_iterations < 0:
             raise ValueError(f"Config: counts must be at least 1, got {self}")
+        if not self.loss_mark > 0:
+            raise ValueError(f"Config: loss_mark must be positive, got {self.loss_mark}")
         if max(self.hessian_samples, self.noise_samples, self.slice_samples) > self.num_train:
             raise ValueError(f"Config: sample counts must be at most num_train = {self.num_train}, got {self}")
         if "as-written" not in self.arms or "last" not in self.points:
             raise ValueError(f"Config: arms must hold as-written and points last, got {self.arms} and {self.points}")
-        for batch, lr in zip(self.batches, self.lrs, strict=True):
-            Recipe(self.epochs, batch, lr, self.momentum)
-
-
-@dataclass(frozen=True)
-class Net:
-    """One trained network of the batch size study."""
-
-    batch_size: int
-    lr: float
-    epochs: int
-    seed: int
-    dataset: str = "cifar10"
-    num_train: int = 50_000
-    channels: int = 32
-    momentum: float = 0.9
-
-    @property
-    def stage(self) -> TrainStage:
-        """The training stage, the batch size study's own."""
-        recipe = Recipe(self.epochs, self.batch_size, self.lr, self.momentum)
-        return TrainStage(Network("cnn", self.channels), Samples(self.dataset, self.num_train), recipe, self.seed)
-
-    def __str__(self) -> str:
-        return f"batch {self.batch_size}, {self.epochs} epochs, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -142,6 +109,12 @@ class Measures(Net):
     noise_samples: int = field(kw_only=True)
     sigmas: tuple[float, ...] = field(kw_only=True)
     draws: int = field(kw_only=True)
+    loss_mark: float = field(default=LOSS_MARK, kw_only=True)
+
+    @property
+    def stage(self) -> TrainStage:
+        """The batch size study's own, unless the mark is another one."""
+        return replace(super().stage, loss_mark=self.loss_mark)
 
     def __str__(self) -> str:
         return f"measures of {super().__str__()}, {self.point}"
@@ -187,35 +160,26 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         num_train=5000, channels=8, batches=(32, 128, 512), lrs=(0.005, 0.01, 0.04), epochs=20, seeds=3, probes=16,
         hessian_samples=500, noise_samples=2000, slice_samples=500, density_probes=2, density_steps=40,
-        plane_points=17, line_points=41,
+        plane_points=17, line_points=41, loss_mark=0.6,
     ),
     "paper": Config(),
 }  # fmt: skip
 
 
-def cells(config: Config) -> dict[str, dict[int, tuple[float, int]]]:
-    """Arm -> batch -> (lr, epochs); the number of updates is that of the reference, to the nearest epoch."""
-
-    def steps(batch: int) -> int:
-        return -(-config.num_train // batch)
-
-    target = config.epochs * steps(config.reference)
-    lrs = dict(sorted(zip(config.batches, config.lrs, strict=True)))
-    found = {"as-written": {batch: (lr, config.epochs) for batch, lr in lrs.items()}}
-    if "equal-updates" in config.arms:
-        found["equal-updates"] = {b: (lr, max(1, round(target / steps(b)))) for b, lr in lrs.items()}
-    return found
+def cells(config: Config) -> dict[str, dict[int, Cell]]:
+    """Arm -> batch -> how it is trained."""
+    return train_cells(config, [arm for arm in ("as-written", "equal-updates") if arm in config.arms])
 
 
 def pair(config: Config) -> tuple[int, int]:
     """The two batches compared: the paper's where both are there, else the ends."""
     named = (32, 1024)
-    return named if set(named) <= set(config.batches) else (min(config.batches), max(config.batches))
+    return named if set(named) <= set(config.batches) else config.ends
 
 
 def expand(config: Config) -> list[Unit]:
     """Symmetries, then the measures of every network (at equal updates: of the pair), then the landscapes of seed 0."""
-    common = {name: getattr(config, name) for name in ("dataset", "num_train", "channels", "momentum")}
+    common: dict[str, Any] = config.common
     small, large = pair(config)
     arms = cells(config)
     whole: dict[str, Any] = {
@@ -224,24 +188,22 @@ def expand(config: Config) -> list[Unit]:
     }
     # The paper's protocol is of the last epoch, as written.
     less = whole | {"power_iterations": 0, "sigmas": ()}
-    lr, epochs = arms["as-written"][small]
-    found: list[Unit] = [
-        Symmetries(small, lr, epochs, 0, **common, symmetry_samples=min(32, config.num_train), strength=config.strength)
-    ]
+    asked: dict[str, dict[str, Any]] = {"last": whole, "mark": less | {"loss_mark": config.loss_mark}}
+    samples = min(32, config.num_train)
+    first = {**arms["as-written"][small].where, "seed": 0, **common}
+    found: list[Unit] = [Symmetries(**first, symmetry_samples=samples, strength=config.strength)]
     for seed in range(config.seeds):
-        for batch, (lr, epochs) in arms["as-written"].items():
-            for point in config.points:
-                asked = whole if point == "last" else less
-                found.append(Measures(batch, lr, epochs, seed, **common, point=point, **asked))
-        for batch, (lr, epochs) in arms.get("equal-updates", {}).items():
-            if batch in (small, large) and epochs != config.epochs:
-                found.append(Measures(batch, lr, epochs, seed, **common, point="last", **less))
+        for cell in arms["as-written"].values():
+            found += [Measures(**cell.where, seed=seed, **common, point=p, **asked[p]) for p in config.points]
+        for batch, cell in arms.get("equal-updates", {}).items():
+            if batch in (small, large) and cell.epochs != config.epochs:
+                found.append(Measures(**cell.where, seed=seed, **common, point="last", **less))
     drawn = ("hessian_samples", "density_probes", "density_steps", "slice_samples", "line_points", "plane_points")
     looks: dict[str, Any] = {name: getattr(config, name) for name in (*drawn, "extent")}
     for batch, other in ((small, large), (large, small)):
-        lr, epochs = arms["as-written"][batch]
-        looks |= {"other_batch": other, "other_lr": arms["as-written"][other][0]}
-        found.append(Landscape(batch, lr, epochs, 0, **common, **looks))
+        cell, there = (arms["as-written"][b] for b in (batch, other))
+        looks |= {"other_batch": other, "other_lr": there.lr}
+        found.append(Landscape(**cell.where, seed=0, **common, **looks))
     return found
 
 
@@ -332,9 +294,9 @@ def cost(unit: Unit) -> float:
 
 
 def forecast(unit: Unit, tools: Tools) -> float:
-    """Training, were it not in the store (counted with the measures at the last epoch), and :func:`cost`."""
-    is_first = isinstance(unit, Measures) and unit.point == "last"
-    return cost(unit) + (forecast_stage(unit.stage, tools) if is_first else 0.0)
+    """Training, were it not in the store (counted where a network is measured first), and :func:`cost`."""
+    trains = isinstance(unit, Measures) and (unit.point == "last" or unit.loss_mark != LOSS_MARK)
+    return cost(unit) + (forecast_stage(unit.stage, tools) if trains else 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ verdicts and figures
@@ -342,19 +304,21 @@ def forecast(unit: Unit, tools: Tools) -> float:
 
 def is_as_written(config: Config) -> bool:
     """Whether networks and measurements follow the paper's protocol (its seeds may differ)."""
-    names = ("dataset", "num_train", "channels", "epochs", "momentum", "hessian_samples", "noise_samples")
-    return {32, 1024} <= set(config.batches) and all(getattr(config, n) == getattr(Config(), n) for n in names)
+    names = ("hessian_samples", "power_iterations", "noise_samples", "sigmas", "draws")
+    measures = all(getattr(config, name) == getattr(Config(), name) for name in names)
+    return config.trains_as_written and {32, 1024} <= set(config.batches) and measures
 
 
 def readings(rows: Sequence[Row], config: Config) -> Flatness:
     """The rows as networks of two batches compared."""
     settings = {
-        (arm, batch, point): {"batch_size": batch, "lr": lr, "epochs": epochs, "point": point}
+        (arm, batch, point): {**cell.where, "point": point}
         for arm, found in cells(config).items()
-        for batch, (lr, epochs) in found.items()
+        for batch, cell in found.items()
         for point in (config.points if arm == "as-written" else ("last",))
     }
-    return Flatness(rows, settings, *pair(config), is_as_written(config), config.dataset == "cifar10", config.sigmas)
+    return Flatness(rows, settings, *pair(config), is_as_written(config), config.dataset == "cifar10", config.sigmas,
+                    loss_mark=config.loss_mark)  # fmt: skip
 
 
 def claims(rows: Sequence[Row], config: Config) -> list[Claim]:

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/cpu_capability.h"
+#include "common/cpu_kernels.h"
 #include "norms/multi_tensor_norms.h"
 
 namespace curvlab::norms {
@@ -30,19 +30,7 @@ extern const CpuKernels kCpuKernelsAvx2;  // where MULTI_ISA is defined
 extern const CpuKernels kCpuKernelsAvx512;
 
 inline const CpuKernels& cpu_kernels() {
-#if defined(MULTI_ISA)
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512:
-      return kCpuKernelsAvx512;
-    case CpuCapability::kAvx2:
-      return kCpuKernelsAvx2;
-    default:
-      break;
-  }
-#else
-  (void)cpu_capability();  // refuses a setting that this build lacks
-#endif
-  return kCpuKernelsDefault;
+  return choose_cpu_kernels<kCpuKernelsDefault, kCpuKernelsAvx2, kCpuKernelsAvx512>();
 }
 
 }  // namespace curvlab::norms

@@ -75,6 +75,7 @@ class LinearOperator:
         """``A v`` for each row v: ``[K, columns]`` to ``[K, rows]``, contiguous, in memory of its own. K may be 0.
 
         Raises:
+            TypeError: rows are no tensor.
             ValueError: rows of another shape, dtype or device.
         """
         return self._checked(rows, self.shape[1], self.shape[0], transposed=False)
@@ -84,6 +85,8 @@ class LinearOperator:
         return self._checked(rows, self.shape[0], self.shape[1], transposed=True)
 
     def _checked(self, rows: Tensor, size: int, result_size: int, *, transposed: bool) -> Tensor:
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{type(self).__name__}: rows must be a tensor [K, P], got {type(rows).__name__}")
         if rows.ndim != 2 or rows.shape[1] != size:
             raise ValueError(f"{type(self).__name__}: rows must be [K, P] with P == {size}, got {list(rows.shape)}")
         if rows.dtype != self.dtype or rows.device != self.device:

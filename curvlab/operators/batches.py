@@ -2,7 +2,8 @@
 """Data that gives the same batches, in the same order, on every pass - or an error.
 
 A matrix that is another one at each product is the worst that can happen to a Lanczos iteration, and nothing shows it:
-so every pass over a loader is compared, batch by batch, with the first.
+so every pass over a loader is compared, batch by batch, with the first, and tensors in memory are watched for in-place
+changes.  Batches without samples are left out: no engine has anything to do with them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ __all__ = ["Batches", "as_batches", "first_samples"]
 
 Signature = tuple[int, float]
 
+_GOLDEN = 0.6180339887498949
+_CHECKED_AT_ONCE = 2**20  # elements that are widened to float64 together: 8 MB
+
 
 class Batches:
     """Re-iterable over ``(inputs, targets)``; ``held`` says that the tensors are in memory and cannot change order."""
@@ -26,12 +30,21 @@ class Batches:
     def __init__(self, source: Iterable[Any], *, held: bool, owner: str = "Problem") -> None:
         self._source, self._held, self._owner = source, held, owner
         self._signatures: list[Signature] | None = None
+        self._versions = [_versions(item) for item in source] if held else []
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        if self._held:
-            for item in self._source:
-                yield _checked_pair(item, self._owner)
-            return
+        return (pair for pair in (self._held_pairs() if self._held else self._loaded_pairs()) if len(pair[1]))
+
+    def _held_pairs(self) -> Iterator[tuple[Any, Tensor]]:
+        for item, versions in zip(self._source, self._versions, strict=True):
+            if _versions(item) != versions:
+                raise ValueError(
+                    f"{self._owner}: data must stay as it was when the problem was made, got tensors that were changed "
+                    "in place since (by the caller, or by a model whose first layer works in place)"
+                )
+            yield _checked_pair(item, self._owner)
+
+    def _loaded_pairs(self) -> Iterator[tuple[Any, Tensor]]:
         seen: list[Signature] = []
         first = self._signatures
         for item in _quietly_iterated(self._source):
@@ -130,13 +143,27 @@ def _checksum(value: Any) -> float:
         if value.numel() == 0:
             return 0.0
         flat = value.detach().reshape(len(value) if value.ndim else 1, -1)
-        sums = flat.sum(1, dtype=torch.complex128 if value.is_complex() else torch.float64).abs()
+        wide = torch.complex128 if flat.is_complex() else torch.float64
+        # Weights in [1, 2) that tell the elements of a sample apart: a flipped or rolled image has the same plain sum.
+        weights = 1.0 + (torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device) * _GOLDEN).frac()
+        weights = weights.to(wide)
+        step = max(1, _CHECKED_AT_ONCE // flat.shape[1])
+        sums = torch.cat([(part.to(wide) * weights).sum(1).abs() for part in flat.split(step)])
         return float((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum().item())
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         return sum((i + 1) * _checksum(item) for i, item in enumerate(value))
     return 0.0
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor of a batch was written; inference tensors do not count."""
+    if isinstance(value, Tensor):
+        return [] if value.is_inference() else [value._version]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [n for item in value for n in _versions(item)] if isinstance(value, (tuple, list)) else []
 
 
 def _same(a: Signature, b: Signature) -> bool:

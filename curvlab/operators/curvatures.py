@@ -46,7 +46,7 @@ class SoftmaxCurvature(OutputCurvature):
     def __call__(self, u: Tensor) -> Tensor:
         """``B u``, shaped as ``u [K, N, C, ...]``."""
         rows = u.movedim(2, -1)
-        flat = rows.reshape(u.shape[0], -1, u.shape[2]).to(self.probabilities.dtype).contiguous()
+        flat = rows.reshape(u.shape[0], *self.probabilities.shape).to(self.probabilities.dtype).contiguous()
         product = reference.softmax_hessian_product(self.probabilities, self.label, self.weight, flat)
         return product.reshape(rows.shape).movedim(-1, 2).to(u.dtype)
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 from torch.nn import functional as F
+
+from curvlab.operators.calls import call_at
 
 __all__ = ["BLOCK_ROWS", "Layer", "add_by_jacobians", "add_layers", "find_layers", "mirror_lower"]
 
@@ -100,7 +102,7 @@ def _run(model: nn.Module, theta: dict[str, Tensor], x: Tensor, layers: list[Lay
 
         handles.append(layer.module.register_forward_hook(keep))
     try:
-        return functional_call(model, theta, (x,)), calls
+        return call_at(model, theta, (x,)), calls
     finally:
         for handle in handles:
             handle.remove()
@@ -224,7 +226,7 @@ def add_by_jacobians(kernel: Tensor, model: nn.Module, theta: dict[str, Tensor],
     others = {key: value for key, value in theta.items() if key != name}
 
     def one_sample(value: Tensor, sample: Tensor) -> Tensor:
-        return functional_call(model, {**others, name: value}, (sample[None],))[0]
+        return call_at(model, {**others, name: value}, (sample[None],))[0]
 
     # chunks: each holds C backward passes of its samples at once
     jacobian = vmap(jacrev(one_sample), in_dims=(None, 0), chunk_size=min(len(x), 32))(theta[name], x)

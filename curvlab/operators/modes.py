@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mode in which a network is looked at: evaluation, BatchNorm as declared, attention by its math path."""
+"""The mode in which a network is looked at: evaluation, BatchNorm as declared, attention by its math path.
+
+Weight normalization is written out: the second derivative of ``torch._weight_norm`` takes the norms of v for constants
+(PyTorch 2.14: off by as much as the Hessian itself, and not symmetric), and every engine would agree on it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
@@ -29,6 +35,36 @@ __all__ = [
 BatchNormMode = Literal["eval", "frozen", "batch"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """``g v / |v|`` with a right second derivative; the norm runs over all axes but ``dim``."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+class _WeightNorm(parametrizations._WeightNorm):
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        return _weight_norm(weight_v, weight_g, self.dim)
+
+
+class _OldWeightNorm(WeightNorm):
+    def compute_weight(self, module: nn.Module) -> Any:
+        g, v = getattr(module, f"{self.name}_g"), getattr(module, f"{self.name}_v")
+        return _weight_norm(v, g, self.dim)
+
+
+def _make_derivatives_right(model: nn.Module) -> None:
+    """In a private copy: weight normalizations of both styles written out, embeddings with their plain gradient."""
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            # Scaled by how often a word occurs, a "gradient" is none: its Jacobian is not symmetric. Sparse gradients
+            # have the same values and no second derivative.
+            module.scale_grad_by_freq = module.sparse = False
+        if type(module) is parametrizations._WeightNorm:
+            module.__class__ = _WeightNorm
+        for hook in module._forward_pre_hooks.values():
+            if type(hook) is WeightNorm:
+                hook.__class__ = _OldWeightNorm
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
@@ -60,6 +96,7 @@ def private_copy(model: nn.Module, batch_norm: BatchNormMode) -> tuple[nn.Module
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, memo).eval()
+    _make_derivatives_right(copied)
     for name, layer in batch_norms(copied).items():
         if batch_norm == "batch":
             layer.train()

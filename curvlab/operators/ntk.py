@@ -23,9 +23,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import jvp
 
 from curvlab.operators import layer_kernels as kernels
+from curvlab.operators.calls import call_at
 
 __all__ = ["empirical_ntk", "kernel_drift", "linearization_error", "linearized_outputs"]
 
@@ -66,7 +67,7 @@ def empirical_ntk(
     theta = _named(model, params, "empirical_ntk")
     _check(model, x, theta, "empirical_ntk")
     with torch.no_grad():
-        outputs = functional_call(model, theta, (x[:1],))
+        outputs = call_at(model, theta, (x[:1],))
     if outputs.ndim != 2:
         raise ValueError(
             f"empirical_ntk: model must map [N, ...] to [N, C], got outputs {list(outputs.shape)} for one sample"
@@ -158,7 +159,7 @@ def _linearize(
     _check(model, x, end, owner, "params1")
     step = {name: end[name] - start[name] for name in start}
     with torch.no_grad():
-        value, change = jvp(lambda theta: functional_call(model, theta, (x,)), (start,), (step,))[:2]
+        value, change = jvp(lambda theta: call_at(model, theta, (x,)), (start,), (step,))[:2]
     return value, value + change
 
 
@@ -238,7 +239,7 @@ def _compare_with_autograd(kernel: Tensor, model: nn.Module, theta: dict[str, Te
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
     pair = []
     for sample, output in ((0, 0), (last, classes - 1)):
-        value = functional_call(model, leaves, (x[sample : sample + 1],))[0, output]
+        value = call_at(model, leaves, (x[sample : sample + 1],))[0, output]
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         pair.append([None if grad is None else grad.double() for grad in grads])
     ends = (0, kernel.shape[0] - 1)

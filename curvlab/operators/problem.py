@@ -17,9 +17,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from curvlab.operators.batches import Batches, as_batches, first_samples
+from curvlab.operators.calls import call_at
 from curvlab.operators.losses import OutputLoss, as_loss, loss_reduction
 from curvlab.operators.modes import (
     BatchNormMode,
@@ -206,7 +206,7 @@ class Problem:
         else:
             positional = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         with math_attention(), own_dtypes(self.device):
-            return functional_call(self.model, values, positional, named)
+            return call_at(self.model, values, positional, named)
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem with parameters, floating-point buffers and inputs in ``dtype``."""

@@ -33,6 +33,7 @@ class Survives(enum.Enum):
 
     YES = "yes"
     NO = "no"
+    UNDECIDED = "undecided"
     NOT_TESTED = "not tested"
 
     def __str__(self) -> str:

@@ -239,7 +239,11 @@ class _Search:
         self.values, self.columns, self.residuals = space.ritz()
         wanted = self._wanted()
         values, columns = self.values[wanted], self.columns[:, wanted]
-        vectors, residuals = space.combine(columns), self.residuals[wanted].copy()
+        more = self._wanted(self.k + (2 if self.which == "BE" else 1))  # one more an end
+        extra = self.columns[:, np.setdiff1d(more, wanted)]
+        vectors = space.combine(np.concatenate([columns, extra], 1))
+        vectors, guard = vectors[: len(wanted)], vectors[len(wanted) :]
+        residuals = self.residuals[wanted].copy()
         limits = self._limits(wanted)
         if verify and self.num_products < budget:
             off = self._test(vectors, values, columns)
@@ -250,8 +254,6 @@ class _Search:
         bounds = np.maximum(_bounds(values, residuals, self.values, self.residuals, wanted), space.rounding())
         converged = len(values) == self.k and bool((residuals <= limits).all())
         host = [torch.from_numpy(np.ascontiguousarray(a)) for a in (values, residuals, bounds)]
-        more = self._wanted(self.k + (2 if self.which == "BE" else 1))  # one more an end
-        guard = space.combine(self.columns[:, np.setdiff1d(more, wanted)])
         return Eigenpairs(host[0], vectors, host[1], host[2], self.num_products, converged, guard)
 
     def _test(self, vectors: Tensor, values: np.ndarray, columns: np.ndarray) -> float:
@@ -327,9 +329,10 @@ def _start_rows(
         )
     if rows.dtype != A.dtype or rows.device != A.device:
         raise TypeError(f"top_eigenpairs: start must be {A.dtype} on {A.device}, got {rows.dtype} on {rows.device}")
-    if not rows.isfinite().all():
+    norms = vec.inner_products(rows, rows).sqrt()
+    if not norms.isfinite().all():
         raise ValueError("top_eigenpairs: start must be finite, got an infinity or NaN")
-    norms = vec.inner_products(rows, rows).sqrt().clamp(min=torch.finfo(A.dtype).tiny)
+    norms.clamp_(min=torch.finfo(A.dtype).tiny)
     sums = np.zeros((min(block, len(rows)), len(rows)))
     sums[np.arange(len(rows)) % block, np.arange(len(rows))] = (1 if weights is None else weights) / norms.numpy()
     sums = vec.combine_rows(sums, rows)

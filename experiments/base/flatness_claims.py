@@ -2,121 +2,36 @@
 """Verdicts of the sharpness study: two batch sizes compared by every measure. The rules stand here, before any run.
 
 λ_max at equal epochs compares networks of different training loss and of different weight norms; near zero
-cross-entropy it scales like the one, and before batch normalization like the inverse square of the other. What is left
-once both are taken out is λ_max over the loss and adaptive sharpness, and the claim survives only with both.
+cross-entropy it scales like the one, and before batch normalization like the inverse square of the other. The claim
+survives only if the large batch is sharper with the loss taken out (experiments/base/flatness_loss.py says how) and by
+adaptive sharpness too, by the rule of experiments/base/survival.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 from curvlab.runs.report import Claim
-from curvlab.runs.stats import (
-    Estimate,
-    Survives,
-    Verdict,
-    geometric_mean_interval,
-    judge,
-    judge_tolerance,
-    log_ratio_interval,
-)
+from curvlab.runs.stats import Estimate, Verdict, judge, judge_tolerance
 from curvlab.runs.store import Row
 from experiments.base import paper
 from experiments.base.flatness import INVARIANCE
+from experiments.base.flatness_loss import loss_control, loss_power_claim, slope_words
+from experiments.base.flatness_rows import Flatness
 from experiments.base.rows import finals
-from experiments.base.settings import Setting, above, cap, gap, test_words, values
+from experiments.base.settings import above, cap, gap, test_words
 from experiments.base.study import Law
+from experiments.base.survival import Control, survival
+
+__all__ = ["Flatness", "flatness_claims", "flatness_laws", "flatness_notes"]
 
 POWER = 5.0  # percent: how far the paper's power iteration may be from the eigenvalue
 SIGMA = 0.005  # the noise level that the text quotes
 MOVES, STAYS = 50.0, 1e-3  # symmetries: how far a measure that sees them must move; how little one that does not may
 
 PAPERS = "(the paper: 1024 and 32, one seed)"  # whose numbers stand beside ours where the pair is another one
-
-Key = tuple[str, int, str]
-
-
-@dataclass(frozen=True)
-class Flatness:
-    """A study's rows as two batch sizes compared.
-
-    Attributes:
-        rows: long rows.
-        settings: (arm, batch, point) -> the factor values that pick its rows.
-        small: the flatter batch, as the paper has it.
-        large: the other.
-        faithful: networks and measurements are the paper's.
-        is_cifar: of the paper's data set, whatever its size: a direction can be compared.
-        sigmas: noise levels.
-    """
-
-    rows: Sequence[Row]
-    settings: Mapping[Key, Setting]
-    small: int
-    large: int
-    faithful: bool
-    is_cifar: bool
-    sigmas: Sequence[float]
-
-    def values(
-        self, metric: str, batch: int, *, arm: str = "as-written", point: str = "last", **more: object
-    ) -> list[float]:
-        """One a seed; empty where the setting was not run."""
-        setting = self.settings.get((arm, batch, point))
-        return [] if setting is None else values(self.rows, metric, {**setting, **more})
-
-    def ratio(
-        self,
-        metric: str,
-        *,
-        arm: str = "as-written",
-        point: str = "last",
-        inverse: bool = False,
-        is_paired: bool = True,
-        **more: object,
-    ) -> Estimate | None:
-        """Large over small batch (``inverse``: small over large), geometric mean over the seeds that both have.
-
-        Seeds are common (same initial weights, same order of the data), so the interval is of the logs' differences
-        seed by seed; Welch's, of all networks (``is_paired`` false), is for the note.
-
-        Returns:
-            None where the batches share no seed or a value is not positive.
-        """
-        sides = [self._by_seed(metric, b, arm=arm, point=point, **more) for b in (self.large, self.small)]
-        above, below = reversed(sides) if inverse else sides
-        seeds = sorted(set(above) & set(below))
-        if not seeds or min(*above.values(), *below.values()) <= 0:
-            return None
-        if not is_paired:
-            return log_ratio_interval(list(above.values()), list(below.values()))
-        found = geometric_mean_interval([above[seed] / below[seed] for seed in seeds])
-        if not found.has_interval:
-            return replace(found, method="ratio of one seed: no interval")
-        return replace(found, method=f"ratio over common seeds, paired t interval on logs (df={len(seeds) - 1})")
-
-    def _by_seed(self, metric: str, batch: int, *, arm: str, point: str, **more: object) -> dict[int, float]:
-        setting = self.settings.get((arm, batch, point))
-        found = [] if setting is None else finals(self.rows, metric, **{**setting, **more})
-        return {row["seed"]: row["value"] for row in found if math.isfinite(row["value"])}
-
-    def unpaired(self, metric: str, **where: Any) -> str:
-        """For the note: the same ratio by Welch's interval, which takes the seeds as if they were not common."""
-        found = self.ratio(metric, is_paired=False, **where)
-        return f"Welch on logs: {found}" if found is not None and found.has_interval else ""
-
-    def mean(self, metric: str, batch: int, **more: object) -> Estimate | None:
-        """Geometric mean over seeds; None where a value is not positive."""
-        found = self.values(metric, batch, **more)  # type: ignore[arg-type]
-        return geometric_mean_interval(found) if found and min(found) > 0 else None
-
-    @property
-    def seconds(self) -> float:
-        """What measuring (and training, where it was needed) took."""
-        return sum(row["value"] for row in self.rows if row["metric"] in ("measure_seconds", "train_seconds"))
 
 
 def flatness_claims(found: Flatness) -> list[Claim]:
@@ -128,6 +43,7 @@ def flatness_claims(found: Flatness) -> list[Claim]:
         every_sigma_claim(found),
         power_claim(found),
         over_loss_claim(found),
+        loss_power_claim(found),
         control(found, "filter_sharpness", "filter-adaptive λ_max (D H D, D the filters' norms)"),
         control(found, "element_sharpness", "element-adaptive λ_max (D H D, D = |θ|)"),
         control(found, "norm_sharpness", "λ_max ‖θ‖²"),
@@ -136,7 +52,7 @@ def flatness_claims(found: Flatness) -> list[Claim]:
         control(
             found,
             "sharpness",
-            "λ_max at equal loss (first epoch at or below 0.01)",
+            f"λ_max at equal loss (first epoch at or below {found.loss_mark:g})",
             claim_id="equal_loss",
             point="mark",
         ),
@@ -181,27 +97,12 @@ def joined(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def outlives(controls: Mapping[str, Estimate | None], what: str) -> tuple[Survives, str]:
-    """Yes iff every control's interval lies above 1; no iff one that was measured does not."""
-    rule = f"rule: yes iff {what} have their intervals above 1"
-    known = {name: one for name, one in controls.items() if one is not None and one.has_interval}
-    told = "; ".join([rule, *(f"{name} {one}" for name, one in known.items())])
-    if any(one.low <= 1 for one in known.values()):
-        return Survives.NO, told
-    return (Survives.YES if known and len(known) == len(controls) else Survives.NOT_TESTED), told
-
-
 def lambda_claim(found: Flatness) -> Claim:
     """The paper's headline, by Lanczos."""
     measured = found.ratio("sharpness")
-    controls = {
-        "λ_max/loss": found.ratio("relative_sharpness"),
-        "filter-adaptive": found.ratio("filter_sharpness"),
-    }
-    survives, told = outlives(controls, "the ratios of λ_max/loss and of filter-adaptive λ_max")
-    if measured is None:
-        survives, told = Survives.NOT_TESTED, ""
     verdict = cap(judge(measured, paper.GEOMETRY_LAMBDA_RATIO, 1.0, log_scale=True), found.faithful)
+    adaptive = Control("filter-adaptive λ_max", found.ratio("filter_sharpness"), 1.0)
+    survives, told = survival(verdict, [loss_control(found), adaptive])
     text = f"λ_max at batch {found.large} is many times that at batch {found.small} {PAPERS}"
     return Claim("lambda", text, paper.GEOMETRY_LAMBDA_RATIO, measured, verdict, "×", survives, told, found.seconds,
                  note=joined(found.unpaired("sharpness"), scaled(found)) if measured else "")  # fmt: skip
@@ -238,14 +139,10 @@ def noise_claim(found: Flatness) -> Claim:
     """In percent, as the paper has it, which divides by losses that differ; the controls do not."""
     published = paper.GEOMETRY_NOISE[SIGMA][1] / paper.GEOMETRY_NOISE[SIGMA][0]
     measured = found.ratio("noise_percent", sigma=SIGMA)
-    controls = {
-        "absolute increase": found.ratio("noise_increase", sigma=SIGMA),
-        "filter-relative noise": found.ratio("filter_flatness"),
-    }
-    survives, told = outlives(controls, "the ratios of the absolute increase and of that under filter-relative noise")
-    if measured is None:
-        survives, told = Survives.NOT_TESTED, ""
     verdict = cap(judge(measured, published, 1.0, log_scale=True), found.faithful)
+    absolute = Control("absolute increase", found.ratio("noise_increase", sigma=SIGMA), 1.0)
+    relative = Control("increase under filter-relative noise", found.ratio("filter_flatness"), 1.0)
+    survives, told = survival(verdict, [absolute, relative])
     text = f"Noise of σ = {SIGMA} raises the loss (in percent) more at batch {found.large} than at {found.small}"
     note = joined(found.unpaired("noise_percent", sigma=SIGMA), scaled(found)) if measured else ""
     return Claim("noise", f"{text} {PAPERS}", round(published, 1), measured, verdict, "×", survives, told,
@@ -288,8 +185,8 @@ def power_claim(found: Flatness) -> Claim:
         f"Audit: 30 power iterations are within {POWER:g} % of λ_max on every network at the last epoch, as written "
         "(worst, with the range)"
     )
-    return Claim("power", text, "not checked", measured, judged.verdict, "%", cost_seconds=found.seconds,
-                 note=judged.text if measured else "")  # fmt: skip
+    return Claim("power", text, "not checked", measured, cap(judged.verdict, found.faithful), "%",
+                 cost_seconds=found.seconds, note=joined(judged.text, scaled(found)) if measured else "")  # fmt: skip
 
 
 def over_loss_claim(found: Flatness) -> Claim:
@@ -297,7 +194,7 @@ def over_loss_claim(found: Flatness) -> Claim:
     measured = found.ratio("relative_sharpness")
     verdict = cap(judge(measured, paper.GEOMETRY_LAMBDA_OVER_LOSS_RATIO, 1.0, log_scale=True), found.faithful)
     text = f"Control: λ_max over the loss is larger at batch {found.large} {PAPERS}"
-    told = (losses(found), found.unpaired("relative_sharpness"), scaled(found))
+    told = (losses(found), slope_words(found), found.unpaired("relative_sharpness"), scaled(found))
     note = joined(*told) if measured else ""
     return Claim("relative_sharpness", text, "3.0, from its numbers", measured, verdict, "×",
                  cost_seconds=found.seconds, note=note)  # fmt: skip
@@ -361,7 +258,9 @@ def flatness_laws(rows: Sequence[Row], strength: float) -> list[Law]:
 def flatness_notes(found: Flatness) -> list[str]:
     """Rules and limits."""
     notes = [
-        "Survival rules stand in experiments/base/flatness_claims.py; the control column gives each with its numbers.",
+        "The survival rule stands in experiments/base/survival.py; the control column gives each control with its "
+        "number. λ_max/loss is a control only where λ_max goes with the first power of the loss; else networks are "
+        "compared at equal loss (experiments/base/flatness_loss.py).",
         "Measures that do not see the scale of weights: adaptive and filter-relative ones (curvlab.sharpness declares "
         "the invariances of each, and its tests hold them).",
         "Power iteration finds the eigenvalue of largest magnitude; λ_max is the largest, by Lanczos to a residual of "
@@ -377,7 +276,8 @@ def flatness_notes(found: Flatness) -> list[str]:
     ]
     if missed:
         notes.append(
-            f"Networks that never came down to the loss of 0.01 and are in no comparison at it: {'; '.join(missed)}."
+            f"Networks that never came down to the loss of {found.loss_mark:g} and are in no comparison at it: "
+            f"{'; '.join(missed)}."
         )
     lost = sum(row["value"] for row in finals(found.rows, "diverged"))
     return [*notes, f"Diverged networks: {lost:g}."]

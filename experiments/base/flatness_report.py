@@ -16,7 +16,7 @@ from curvlab.runs.tables import Table
 from curvlab.sharpness.plots import plane_levels, plot_line, plot_plane
 from experiments.base import paper
 from experiments.base.flatness import INVARIANCE, MEASURES, Rows, density_of, slice_of
-from experiments.base.flatness_claims import Flatness, Key
+from experiments.base.flatness_rows import Flatness, Key
 from experiments.base.rows import finals
 
 ONLY_LAST = ("power_lambda", "half_accuracy_noise")

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from curvlab.runs.stats import Estimate, PooledSD
+from curvlab.runs.stats import Estimate, PooledSD, geometric_mean_interval
 from curvlab.runs.store import Row
 
 
@@ -36,14 +37,46 @@ def groups(rows: Iterable[Row], metric: str, by: str, **where: Any) -> dict[Any,
     return {level: [value for _, value in sorted(found[level])] for level in sorted(found)}
 
 
+def by_seed(rows: Iterable[Row], metric: str, **where: Any) -> dict[int, float]:
+    """Seed -> last-epoch value, in the order of seeds; what is not finite is left out, as in :func:`groups`."""
+    found = {row["seed"]: row["value"] for row in finals(rows, metric, **where) if math.isfinite(row["value"])}
+    return dict(sorted(found.items()))
+
+
+def paired_ratio(above: Mapping[int, float], below: Mapping[int, float]) -> Estimate | None:
+    """Geometric mean of above/below over the seeds that both have, t interval of the logs' differences seed by seed.
+
+    Seeds are common to the arms of a study (the same initial weights where the network is the same, the same order of
+    the data), and what they share falls out of the difference; Welch's interval would count it twice.
+
+    Returns:
+        None where they share no seed or a value is not positive.
+    """
+    seeds = sorted(set(above) & set(below))
+    if not seeds or min(*above.values(), *below.values()) <= 0:
+        return None
+    found = geometric_mean_interval([above[seed] / below[seed] for seed in seeds])
+    if not found.has_interval:
+        return replace(found, method="ratio of one seed: no interval")
+    return replace(found, method=f"ratio over common seeds, paired t interval on logs (df={len(seeds) - 1})")
+
+
+def within_one(share: Estimate) -> Estimate:
+    """A share's interval without what lies outside of [0, 1], where no share is: it covers as often."""
+    if not share.has_interval:
+        return share
+    return replace(share, low=min(max(share.low, 0.0), 1.0), high=max(min(share.high, 1.0), 0.0))
+
+
 def difference(
     a: Sequence[float], b: Sequence[float], pooled: PooledSD, *, image_variance: float = 0.0, level: float = 0.95
 ) -> Estimate:
-    """m_a − m_b ± t(df') · √(s_p² (1/n_a + 1/n_b) + v), with a spread pooled over more groups than these two.
+    """m_a − m_b ± √(t(df)² s_p² (1/n_a + 1/n_b) + z² v), with a spread pooled over more groups than these two.
 
     So a group of one seed has an interval, under the stated assumption that all groups share the spread. ``v``
-    (``image_variance``) is the variance that a fresh draw of test images would add; df' = df · (whole/seed variance)²
-    (Satterthwaite, v taken as known).
+    (``image_variance``) is an upper bound, taken as known, of the variance that a fresh draw of test images would add.
+    The two half-widths are joined by square-and-add, as in :func:`~curvlab.runs.stats.hierarchical_bootstrap`: the
+    seeds' quantile keeps the df of their own spread.
     """
     from scipy import stats as sps
 
@@ -51,11 +84,10 @@ def difference(
     counts = (len(a), len(b))
     if pooled.df < 1:
         return Estimate(value, math.nan, math.nan, sum(counts), "difference of means: no interval", level, counts)
-    seed_variance = pooled.sd**2 * (1 / len(a) + 1 / len(b))
-    whole = seed_variance + image_variance
-    df = pooled.df * (whole / seed_variance) ** 2 if image_variance > 0 and seed_variance > 0 else pooled.df
-    half = float(sps.t.ppf(0.5 + level / 2, df)) * math.sqrt(whole)
+    seeds = float(sps.t.ppf(0.5 + level / 2, pooled.df)) * pooled.sd * math.sqrt(1 / len(a) + 1 / len(b))
+    half = math.hypot(seeds, float(sps.norm.ppf(0.5 + level / 2)) * math.sqrt(image_variance))
     method = f"difference of means, t interval with the SD pooled over groups (df={pooled.df})"
     if image_variance > 0:
-        method += f", and a standard error of {math.sqrt(image_variance):.2g} from the test images"
+        method += f", squares added with those of a standard error of at most {math.sqrt(image_variance):.2g} from "
+        method += "the test images"
     return Estimate(value, value - half, value + half, sum(counts), method, level, counts)

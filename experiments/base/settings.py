@@ -14,26 +14,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from curvlab.runs import figures as draw
 from curvlab.runs.stats import (
     Comparison,
     Estimate,
-    Survives,
     Verdict,
+    equivalence,
     geometric_mean_interval,
     hierarchical_bootstrap,
     holm,
-    log_ratio_interval,
     mean_interval,
+    non_inferiority,
     paired,
     welch,
 )
 from curvlab.runs.store import Row
 from curvlab.runs.tables import Table
 from experiments.base.networks import decode_hits
-from experiments.base.rows import finals
+from experiments.base.rows import by_seed, finals, paired_ratio, within_one
+from experiments.base.survival import SHARE, Control, kept_words
 
 Setting = Mapping[str, Any]
 
@@ -55,9 +54,12 @@ def values(rows: Sequence[Row], metric: str, setting: Setting) -> list[float]:
 
 
 def mean(rows: Sequence[Row], metric: str, setting: Setting, *, factor: float = 1.0) -> Estimate | None:
-    """Over seeds, with its t interval."""
+    """Over seeds, with its t interval; a share's does not reach beyond 1."""
     found = values(rows, metric, setting)
-    return mean_interval([factor * value for value in found]) if found else None
+    if not found:
+        return None
+    whole = mean_interval(found)
+    return (within_one(whole) if metric.endswith("_accuracy") else whole).scaled(factor)
 
 
 def geometric(rows: Sequence[Row], metric: str, setting: Setting) -> Estimate | None:
@@ -67,11 +69,10 @@ def geometric(rows: Sequence[Row], metric: str, setting: Setting) -> Estimate | 
 
 
 def ratio(rows: Sequence[Row], metric: str, one: Setting | None, other: Setting | None) -> Estimate | None:
-    """Geometric mean of ``one`` over that of ``other``."""
+    """Geometric mean of ``one`` over that of ``other``, seed by seed; None where they share no seed."""
     if one is None or other is None:
         return None
-    a, b = values(rows, metric, one), values(rows, metric, other)
-    return log_ratio_interval(a, b) if a and b and min(*a, *b) > 0 else None
+    return paired_ratio(by_seed(rows, metric, **one), by_seed(rows, metric, **other))
 
 
 def seconds(rows: Sequence[Row], settings: Iterable[Setting]) -> float:
@@ -107,26 +108,61 @@ class Gap:
         estimate: with the noise of seeds and of test images; without interval where they share one seed only.
         paired: t test over common seeds alone.
         welch: the same without pairing.
+        settings: the two that were compared.
     """
 
     estimate: Estimate
     paired: Comparison
     welch: Comparison
+    settings: tuple[Setting, Setting]
+
+    @property
+    def pair(self) -> frozenset[tuple[tuple[str, Any], ...]]:
+        """The same for both orders: the gap back is no second test."""
+        return frozenset(tuple(sorted(setting.items())) for setting in self.settings)
 
 
 def gap(rows: Sequence[Row], one: Setting, other: Setting) -> Gap | None:
     """Setting ``one`` minus setting ``other`` (factor values that pick each); None where they share no seed."""
-    a, b = _hits(rows, one), _hits(rows, other)
-    seeds = sorted(set(a) & set(b))
+    found = _combined(rows, {1.0: one, -1.0: other})
+    if found is None:
+        return None
+    estimate, arms = found
+    means = [100 * arm.mean(axis=1) for arm in arms]
+    return Gap(estimate, paired(*means), welch(*means), (one, other))
+
+
+def gap_controls(
+    rows: Sequence[Row], written: tuple[Setting, Setting], controls: Mapping[str, tuple[Setting, Setting] | None]
+) -> list[Control]:
+    """What a gap above 0 must hold under: in every control the gap itself, and the half of it that must be kept.
+
+    The second is the interaction of experiments/base/survival.py, seed by seed and image by image: all four networks
+    of a seed are tested on the same images.
+    """
+    found = []
+    for name, pair in controls.items():
+        kept = None
+        if pair is not None:
+            kept = _combined(rows, {1.0: pair[0], -1.0: pair[1], -SHARE: written[0], SHARE: written[1]})
+        found.append(Control(name, interval(gap(rows, *pair)) if pair is not None else None))
+        found.append(Control(kept_words(name), kept[0] if kept is not None else None))
+    return found
+
+
+def _combined(rows: Sequence[Row], parts: Mapping[float, Setting]) -> tuple[Estimate, list[np.ndarray]] | None:
+    """Σ weight · accuracy in points over common seeds, with the noise of seeds and images; the hits of each part."""
+    hits = [_hits(rows, setting) for setting in parts.values()]
+    seeds = sorted(set.intersection(*map(set, hits)))
     if not seeds:
         return None
-    arms = [np.stack([arm[seed] for seed in seeds]) for arm in (a, b)]
+    arms = [np.stack([arm[seed] for seed in seeds]) for arm in hits]
+    whole = sum(weight * arm for weight, arm in zip(parts, arms, strict=True))
     # The generator is asked only from eight seeds on, where the interval is a bootstrap's.
-    found = hierarchical_bootstrap(*arms, rng=np.random.default_rng(0), common_seeds=True).scaled(100)
+    found = hierarchical_bootstrap(whole, rng=np.random.default_rng(0)).scaled(100)
     if len(seeds) == 1:
         found = replace(found, low=math.nan, high=math.nan, method="difference of one seed: no interval")
-    means = [100 * arm.mean(axis=1) for arm in arms]
-    return Gap(found, paired(*means), welch(*means))
+    return found, arms
 
 
 def _hits(rows: Sequence[Row], setting: Setting) -> dict[int, np.ndarray]:
@@ -161,91 +197,55 @@ def above(estimate: Estimate | None, bound: float) -> Verdict:
     return Verdict.DIRECTION_ONLY if estimate.value > bound else Verdict.NOT_REPRODUCED
 
 
-def survival(written: Estimate | None, controls: Mapping[str, Estimate | None]) -> tuple[Survives, str]:
-    """Does a gap above 0 outlive its controls?
-
-    A control keeps it if its interval lies above 0 and its value is at least half of the gap as written. Yes iff every
-    control keeps it; no iff one does not, and its interval lies wholly below the gap as written (or below 0); between
-    the two the seeds do not decide, and it counts as not tested.
-    """
-    rule = (
-        "rule: yes iff in every control the interval is above 0 and the value at least half as written, no iff one "
-        "fails this with its interval wholly below the gap as written"
-    )
-    known = {name: found for name, found in controls.items() if found is not None and found.has_interval}
-    if written is None or len(known) < len(controls) or not known:
-        return Survives.NOT_TESTED, rule
-    told = f"{rule}; as written {written}; " + "; ".join(f"{name} {found}" for name, found in known.items())
-    lost = [found for found in known.values() if not (found.low > 0 and found.value >= written.value / 2)]
-    if not lost:
-        return Survives.YES, told
-    if any(found.high < max(written.value, 0.0) for found in lost):
-        return Survives.NO, told
-    return Survives.NOT_TESTED, f"{told}: undecided with these seeds"
-
-
 def test_words(found: Gap | None) -> str:
     """Paired test with Welch's beside it."""
     tests = () if found is None else (found.paired, found.welch)
     return ", ".join(f"{test.name} p = {test.p_value:.2g}" for test in tests if not math.isnan(test.p_value))
 
 
+def no_worse(
+    rows: Sequence[Row], one: Setting, other: Setting, margin: float, *, two_sided: bool
+) -> tuple[Verdict, str]:
+    """Equivalence (TOST) or non-inferiority within ``margin`` points, over common seeds, by test and not by a large p.
+
+    *Reproduced* where the test claims it, *Direction only* where the value alone is within. The text names the test.
+    """
+    found = gap(rows, one, other)
+    if found is None:
+        return Verdict.NOT_TESTABLE, ""
+    within = found.estimate.value >= -margin and (found.estimate.value <= margin or not two_sided)
+    a, b = (by_seed(rows, "test_accuracy", **setting) for setting in (one, other))
+    seeds = sorted(set(a) & set(b))
+    if len(seeds) < 2:
+        return (Verdict.DIRECTION_ONLY if within else Verdict.NOT_REPRODUCED), "no test: it needs two common seeds"
+    ones, others = ([100 * arm[seed] for seed in seeds] for arm in (a, b))
+    test = (equivalence if two_sided else non_inferiority)(ones, others, margin, use_pairs=True)
+    verdict = Verdict.REPRODUCED if within and test.p_value <= 0.05 else Verdict.DIRECTION_ONLY
+    return (verdict if within else Verdict.NOT_REPRODUCED), f"{test.name}: p = {test.p_value:.2g}"
+
+
+def trained_words(rows: Sequence[Row], arms: Mapping[str, Setting]) -> str:
+    """Training accuracy (running, last epoch): unlike fits are part of what a gap compares."""
+    found = {name: mean(rows, "train_accuracy", setting, factor=100) for name, setting in arms.items()}
+    words = [f"{one.value:.1f} % ({name})" for name, one in found.items() if one is not None]
+    return f"training accuracy: {', '.join(words)}" if len(words) == len(found) else ""
+
+
 def gap_table(found: Mapping[tuple[str, ...], Gap], columns: Sequence[str], title: str) -> Table:
-    """One row a gap, under its key; Holm's correction over the whole table."""
-    p_values = {key: one.paired.p_value for key, one in found.items() if not math.isnan(one.paired.p_value)}
-    adjusted = holm(p_values) if p_values else {}
+    """One row a gap, under its key; Holm's correction over the table's different pairs of settings.
+
+    A pair that stands under two keys (a cell that two arms share) is one test and counts once.
+    """
+    pairs = {one.pair: one.paired.p_value for one in found.values() if not math.isnan(one.paired.p_value)}
+    adjusted = holm(pairs) if pairs else {}
     lines = [
-        [*key, one.estimate, one.paired.p_value, one.welch.p_value, adjusted.get(key)] for key, one in found.items()
+        [*key, one.estimate, one.paired.p_value, one.welch.p_value, adjusted.get(one.pair)]
+        for key, one in found.items()
     ]
+    repeated = len([one for one in found.values() if one.pair in pairs]) - len(pairs)
     caption = (
         "Differences over common seeds; intervals hold the noise of seeds and of test images (crossed), the tests that "
-        f"of seeds alone. Holm: over the paired p of all {len(p_values)} rows."
+        f"of seeds alone. Holm: over the paired p of {len(pairs)} different comparisons"
+        + (f" ({repeated} of the rows repeat one: cells that two arms share)." if repeated else ".")
     )
     return Table(title, [*columns, "points of test accuracy", "paired p", "Welch p", "Holm p"], lines, caption)
-
-
-# ------------------------------------------------------------------------------------------------ a panel
-
-
-def accuracy_panel(
-    axes: Axes, rows: Sequence[Row], arms: Mapping[str, Mapping[str, tuple[float, Setting]]], *, lines: bool
-) -> list[float]:
-    """Test accuracy against a logarithmic abscissa; returns the ticks.
-
-    Args:
-        axes: where.
-        rows: long rows.
-        arms: per arm, label of each setting -> (abscissa, setting).
-        lines: join the settings of an arm and show a setting in every arm that holds it; else each setting once, in the
-            color of its first arm, with its label beside it.
-    """
-    ticks: set[float] = set()
-    drawn: list[Setting] = []
-    middle = (max(map(len, arms.values())) - 1) / 2
-    for series, (arm, found) in enumerate(arms.items()):
-        line: list[tuple[float, float]] = []
-        for rank, (label, (x, setting)) in enumerate(found.items()):
-            accuracies = [100 * value for value in values(rows, "test_accuracy", setting)]
-            if not accuracies or (setting in drawn and not lines):
-                continue
-            drawn.append(setting)
-            ticks.add(float(f"{x:.4g}"))
-            # Side by side: arms that share a setting, or settings that share an abscissa, would hide each other.
-            shifted = x * (1.05 ** (series - 1) if lines else 1.06 ** (rank - middle))
-            draw.plot_groups(axes, {shifted: accuracies}, series=series, label="" if line else arm, connect=False)
-            line.append((shifted, statistics.mean(accuracies)))
-            if not lines:
-                axes.annotate(label, line[-1], xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7.5,
-                              color=draw.SERIES[series])  # fmt: skip
-        if lines and line:
-            axes.plot(*zip(*line, strict=True), color=draw.SERIES[series], alpha=0.55)
-    return _spaced(ticks)
-
-
-def _spaced(ticks: set[float]) -> list[float]:
-    """Ticks at least a factor 1.6 apart: labels of nearer ones would touch."""
-    kept: list[float] = []
-    for tick in sorted(ticks):
-        if not kept or tick >= 1.6 * kept[-1]:
-            kept.append(tick)
-    return kept

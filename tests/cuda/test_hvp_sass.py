@@ -3,37 +3,23 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from functools import partial
 
 import pytest
 
 from tests.cuda.harness import build
-from tests.cuda.test_sass import LIMITS, Kernel, named, read_kernels
+from tests.cuda.test_sass import LIMITS, Kernel, compiled, constant, named
 
 BLOCK = 256
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    if build.nvcc() is None:
-        pytest.skip("nvcc was not found: nothing compiles the kernels to machine code")
-    if build.nvdisasm() is None:
-        pytest.skip("nvdisasm was not found: pip install 'curvlab[dev]'")
-    targets = [(source, arch) for source in build.HVP_LAUNCHERS for arch in LIMITS]
-    build.in_parallel(partial(build.cubin, *target) for target in targets)
-    found = [kernel for target in targets for kernel in read_kernels(*target)]
+    found = compiled(build.HVP_LAUNCHERS)
     # For an architecture: forward and backward in three types and two widths, two that finish sums; three pools in
     # three types, zeros and rounding; softmax in three types; eight activations in three types.
     assert Counter(kernel.arch for kernel in found) == dict.fromkeys(LIMITS, 2 * 6 + 2 + 9 + 2 + 3 + 24)
     return found
-
-
-def constant(header: str, name: str) -> int:
-    value = re.search(rf"\b{name} = (\d+)", (build.HVP / header).read_text())
-    assert value, f"{header} has no {name}"
-    return int(value[1])
 
 
 def test_nothing_is_spilled_or_in_local_memory(kernels: list[Kernel]) -> None:
@@ -61,7 +47,7 @@ def test_as_many_blocks_are_resident_as_the_kernels_ask_for(kernels: list[Kernel
         ("softmax_hessian_kernel", "softmax_hessian_kernel.cuh", "kSoftmaxBlocksPerMultiprocessor"),
         ("activation_factors_kernel", "activation_factors_kernel.cuh", "kActivationBlocksPerMultiprocessor"),
     ):
-        wanted = constant(header, name)
+        wanted = constant(build.HVP / header, name)
         for kernel in named(kernels, part):
             blocks = kernel.resident_blocks(BLOCK)
             assert blocks >= wanted, f"{kernel.name} {kernel.arch}: {blocks} blocks ({kernel.registers} registers)"

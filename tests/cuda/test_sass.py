@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,15 +80,20 @@ def read_kernels(source: Path, arch: str) -> list[Kernel]:
     return kernels
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[Kernel]:
+def compiled(launchers: Sequence[Path]) -> list[Kernel]:
+    """All kernels of the files, for both architectures; skips, saying why, without the tools."""
     if build.nvcc() is None:
         pytest.skip("nvcc was not found: nothing compiles the kernels to machine code")
     if build.nvdisasm() is None:
         pytest.skip("nvdisasm was not found: pip install 'curvlab[dev]'")
-    targets = [(source, arch) for source in build.NORMS_LAUNCHERS for arch in LIMITS]
+    targets = [(source, arch) for source in launchers for arch in LIMITS]
     build.in_parallel(partial(build.cubin, *target) for target in targets)
-    found = [kernel for target in targets for kernel in read_kernels(*target)]
+    return [kernel for target in targets for kernel in read_kernels(*target)]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    found = compiled(build.NORMS_LAUNCHERS)
     # For an architecture: three modes and three filters, each with two tables in its parameters and one in memory;
     # two kernels that store a table.
     assert Counter(kernel.arch for kernel in found) == dict.fromkeys(LIMITS, 3 * 3 + 3 + 2)
@@ -100,10 +106,9 @@ def named(kernels: list[Kernel], part: str) -> list[Kernel]:
     return found
 
 
-def constant(header: str, name: str) -> int:
+def constant(header: Path, name: str) -> int:
     """A constant that the launcher counts on, from the source."""
-    text = (build.NORMS / header).read_text()
-    value = re.search(rf"\b{name} = (\d+)", text)
+    value = re.search(rf"\b{name} = (\d+)", header.read_text())
     assert value, f"{header} has no {name}"
     return int(value[1])
 
@@ -131,7 +136,7 @@ def test_as_many_blocks_are_resident_as_the_launchers_count_on(kernels: list[Ker
         ("multi_tensor_norms_kernel", "multi_tensor_norms_kernel.cuh", "kNormsBlocksPerMultiprocessor"),
         ("filter_norms_kernel", "filter_norms_kernel.cuh", "kFilterBlocksPerMultiprocessor"),
     ):
-        wanted = constant(header, name)
+        wanted = constant(build.NORMS / header, name)
         assert wanted * 256 >= 768, f"{name}: {wanted} blocks are less than three eighths of the threads"
         for kernel in named(kernels, part):
             blocks = kernel.resident_blocks(256)

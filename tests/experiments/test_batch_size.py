@@ -11,15 +11,17 @@ import pytest
 from curvlab.runs.stats import Survives, Verdict
 from experiments import batch_size as study
 from experiments.base import paper
+from experiments.base.batch_report import side_by_side
+from experiments.base.image_networks import Cell
 from experiments.base.study import configure, load_study
 from tests.experiments.gaps import network_rows
 
 CPU = study.PRESETS["cpu"]
 FULL = study.Config(seeds=3)
-Law = Callable[[study.Cell], float]
+Law = Callable[[Cell], float]
 
 
-def fall(cell: study.Cell) -> float:
+def fall(cell: Cell) -> float:
     """As the paper's rows: points a doubling of the batch, at equal epochs."""
     return 85.5 - 0.35 * math.log2(cell.batch_size / 32)
 
@@ -34,7 +36,7 @@ def synthetic(config: study.Config, law: Law, *, seeds: int = 3, noise: float = 
     for cell in dict.fromkeys(cell for arm in study.cells(config).values() for cell in arm.values()):
         for seed in range(seeds):
             wiggle = noise * ((seed * 7 + cell.batch_size) % 3 - 1)
-            updates = cell.epochs * study.steps_per_epoch(config, cell.batch_size)
+            updates = cell.epochs * config.steps_per_epoch(cell.batch_size)
             loss = 1e-3 * cell.batch_size * cell.epochs / config.epochs * math.exp(wiggle)
             more = {"fit_loss": loss, "conv_norm": 10 * (updates / 1000) ** 0.1 * math.exp(wiggle / 9)}
             rows += network_rows(cell.where, seed, law(cell) + wiggle, updates=float(updates), **more)
@@ -63,12 +65,23 @@ def test_a_gap_that_only_the_updates_made_does_not_survive() -> None:
 def test_a_rise_is_not_reproduced() -> None:
     found = verdicts(synthetic(FULL, lambda cell: 80 + 0.3 * math.log2(cell.batch_size)), FULL)
     assert {found[name][0] for name in ("ends", "gap", "trend", "equal_ratio")} == {Verdict.NOT_REPRODUCED}
+    assert {found[name][1] for name in ("ends", "gap", "trend")} == {Survives.NOT_TESTED}  # nothing that could survive
+
+
+def test_a_control_that_was_not_run_leaves_survival_open() -> None:
+    config = study.Config(seeds=3, arms=("as-written", "equal-ratio"))
+    found = verdicts(synthetic(config, fall), config)
+    assert {found[name] for name in ("ends", "gap", "trend")} == {(Verdict.REPRODUCED, Survives.NOT_TESTED)}
 
 
 def test_a_scaled_protocol_shows_directions_at_best() -> None:
     found = verdicts(synthetic(CPU, fall), CPU)
     assert found["ends"][0] is found["fit"][0] is Verdict.NOT_TESTABLE
     assert found["gap"] == found["trend"] == (Verdict.DIRECTION_ONLY, Survives.YES)
+    del found["ends"], found["fit"]
+    assert {verdict for verdict, _ in found.values()} == {Verdict.DIRECTION_ONLY}  # audits and controls no more
+    about = {claim.id: claim.note for claim in study.claims(synthetic(CPU, fall), CPU)}
+    assert all("scaled protocol" in about[name] for name in found)
     claim = next(claim for claim in study.claims(synthetic(CPU, fall), CPU) if claim.id == "gap")
     assert claim.paper == pytest.approx(1.24, abs=0.01) and "scaled protocol" in claim.note and "paired t" in claim.note
     trend = next(claim for claim in study.claims(synthetic(CPU, fall), CPU) if claim.id == "trend")
@@ -85,15 +98,15 @@ def test_what_has_not_fitted_is_told() -> None:
         if row["metric"] == "train_accuracy" and row["epochs"] == 20 and row["batch_size"] == 512:
             row["value"] = 0.861
     (told,) = [note for note in study.notes(rows, CPU) if "slowest" in note]
-    assert "86.1 %" in told and "neither" not in told and "batch 32 ends at 100.0 % and batch 512 at 100.0 %" in told
+    assert "86.1 %" in told and "neither" not in told and "not (training accuracy: 100.0 % (batch 32), 100.0 %" in told
     for row in rows:
         if row["metric"] == "train_accuracy" and row["epochs"] == 5:
             row["value"] = 0.622
     (told,) = [note for note in study.notes(rows, CPU) if "slowest" in note]
-    words = "batch 32 ends at 62.2 % and batch 512 at 100.0 % training accuracy"
-    assert f"turn round: there {words}; neither arm compares fitted networks" in told
+    words = "training accuracy: 62.2 % (batch 32), 100.0 % (batch 512)"
+    assert f"turn round ({words}); neither arm compares fitted networks" in told
     found = {claim.id: claim.note for claim in study.claims(rows, CPU)}
-    assert words in found["equal_updates"] and "batch 512 at 86.1 %" in found["equal_ratio"]
+    assert words in found["equal_updates"] and "86.1 % (batch 512)" in found["equal_ratio"]
 
 
 def test_one_seed_is_a_direction() -> None:
@@ -121,7 +134,9 @@ def test_arms_hold_what_they_say_and_share_cells() -> None:
 def test_presets_are_the_papers_and_its_scaled_copy() -> None:
     full = study.PRESETS["paper"]
     assert full == study.Config() and full.batches == (32, 64, 128, 256, 512, 1024, 2048) and full.epochs == 80
-    assert study.is_as_written(full) and not study.is_as_written(CPU) and study.has_papers_rates(CPU)
+    assert full.trains_as_written and not CPU.trains_as_written and CPU.has_papers_rates
+    other = study.Config(lrs=tuple(2 * lr for lr in full.lrs))
+    assert not other.has_papers_rates and not other.trains_as_written
     assert (CPU.channels, CPU.num_train, CPU.seeds, CPU.batches) == (8, 5000, 3, (32, 128, 512))
     assert study.cost(study.expand(full)[0]) > 20 * study.cost(study.expand(CPU)[0])
 
@@ -129,7 +144,11 @@ def test_presets_are_the_papers_and_its_scaled_copy() -> None:
 def test_tables_figures_and_laws() -> None:
     rows = synthetic(CPU, fall)
     table, gaps = study.tables(rows, CPU)
-    assert len(table.rows) == 9 and len(gaps.rows) == 6
+    assert len(table.rows) == 9 and len(gaps.rows) == 9
+    pairs = [("32", "128"), ("512", "128"), ("32", "512")]  # the last is the one that the claims are about
+    assert [(line[1], line[2]) for line in gaps.rows] == 3 * pairs
+    # 512 against 128 at the reference's own rate is as written: one test under two keys, eight in all
+    assert gaps.rows[1][3:] == gaps.rows[4][3:] and "8 different comparisons" in gaps.caption
     assert table.rows[0][table.columns.index("paper %")] == 85.52
     assert [line[table.columns.index("updates")] for line in table.rows[-3:]] == [785, 800, 800]
     figures = study.figures(rows, CPU)
@@ -144,6 +163,18 @@ def test_tables_figures_and_laws() -> None:
     good = synthetic(smoke, fall)
     assert [law.holds for law in study.laws(good, smoke)] == [True, True, False]  # the losses here rise with epochs
     assert all(note for note in study.notes(rows, CPU))
+
+
+def test_points_move_only_where_they_would_hide_each_other() -> None:
+    apart = [100.0, 1000.0, 200.0]
+    assert side_by_side(apart) == apart
+    shown = side_by_side([800.0, 200.0, 785.0, 3140.0, 800.0])
+    assert shown[1] == 200.0 and shown[3] == 3140.0  # alone: where they belong
+    near = [shown[2], shown[0], shown[4]]  # the order of the values, then that given
+    step = (3140 / 200) ** 0.05
+    assert near[1] / near[0] == pytest.approx(step) and near[2] / near[1] == pytest.approx(step)
+    assert near[1] == pytest.approx((800 * 785 * 800) ** (1 / 3))  # around their middle
+    assert side_by_side([64.0, 64.0]) == pytest.approx([64.0, 64.0])  # one value: no length to stand apart on
 
 
 def test_overrides_parse_and_nonsense_is_refused() -> None:

@@ -12,11 +12,22 @@ import torch
 from torch.nn import functional as F
 
 from curvlab.data import Dataset, load
-from curvlab.runs.stats import Estimate, Survives, Verdict
+from curvlab.runs.stats import Estimate, Verdict, log_ratio_interval
 from curvlab.runs.store import RunStore
 from curvlab.training import Network, Recipe, Samples, TrainStage
 from experiments.base.networks import correct, decode_hits, encode_hits, forecast_stage, radial_cosine, run_stage
-from experiments.base.settings import above, cap, gap, gap_table, mean, ratio, results, seconds, survival, values
+from experiments.base.settings import (
+    above,
+    cap,
+    gap,
+    gap_controls,
+    gap_table,
+    mean,
+    ratio,
+    results,
+    seconds,
+    values,
+)
 from experiments.base.study import Tools
 from tests.experiments.gaps import IMAGES, network_rows
 
@@ -63,20 +74,6 @@ def test_a_gap_takes_common_seeds_and_one_seed_has_no_interval() -> None:
     assert gap(pair((85.0,), ()), ONE, OTHER) is None
 
 
-def test_survival_has_three_outcomes() -> None:
-    written = estimate(1.0, 2.0, 3.0)
-    yes = {"a": estimate(0.1, 1.0, 1.9), "b": estimate(0.5, 2.0, 3.5)}
-    assert survival(written, yes)[0] is Survives.YES  # smaller, and still there in both
-    assert survival(written, yes | {"b": estimate(0.1, 0.3, 0.5)})[0] is Survives.NO  # there, but not half of it
-    assert survival(written, yes | {"b": estimate(-1.0, 0.2, 1.4)})[0] is Survives.NO
-    assert survival(written, yes | {"b": estimate(-3.0, -2.0, -1.0)})[0] is Survives.NO
-    assert survival(written, yes | {"b": estimate(-1.0, 1.0, 3.0)})[0] is Survives.NOT_TESTED
-    assert survival(written, yes | {"b": None})[0] is Survives.NOT_TESTED
-    assert survival(None, yes)[0] is Survives.NOT_TESTED
-    assert survival(estimate(-1, -0.5, 0), {"a": estimate(-0.4, -0.3, -0.2)})[0] is Survives.NO
-    assert survival(written, {"a": estimate(-0.1, 1.0, 1.9)})[0] is Survives.NO  # smaller, and perhaps gone
-
-
 def test_verdict_helpers() -> None:
     assert (
         cap(Verdict.REPRODUCED, False) is Verdict.DIRECTION_ONLY and cap(Verdict.REPRODUCED, True) is Verdict.REPRODUCED
@@ -101,8 +98,75 @@ def test_tables_count_diverged_networks_and_do_not_average_them() -> None:
     assert both is not None and both.value == pytest.approx(1.0) and ratio(rows, "norm", ONE, None) is None
     one = gap(rows, ONE, OTHER)
     assert one is not None
-    table = gap_table({("32", "512"): one, ("again", "512"): one}, ["arm", "minus"], "Differences")
-    assert table.rows[0][-1] == pytest.approx(min(1.0, 2 * one.paired.p_value))  # Holm over two rows
+    other = gap(rows, ONE, {"batch_size": 64})
+    assert other is None
+
+
+def test_holm_counts_a_comparison_once_however_often_it_is_shown() -> None:
+    rows = pair((85.0, 86.0), (84.0, 83.0))
+    for seed, accuracy in enumerate((84.9, 85.8)):
+        rows += network_rows({"batch_size": 128}, seed, accuracy)
+    one, back, other = gap(rows, ONE, OTHER), gap(rows, OTHER, ONE), gap(rows, ONE, {"batch_size": 128})
+    assert one is not None and back is not None and other is not None
+    found = {
+        ("as-written", "512"): one,
+        ("equal-ratio", "512"): one,
+        ("back", "32"): back,
+        ("as-written", "128"): other,
+    }
+    table = gap_table(found, ["arm", "minus"], "Differences")
+    smallest = min(one.paired.p_value, other.paired.p_value)
+    assert min(line[-1] for line in table.rows) == pytest.approx(min(1.0, 2 * smallest))  # two, not four
+    assert len({line[-1] for line in table.rows[:3]}) == 1
+    assert "2 different comparisons (2 of the rows repeat one" in table.caption
+
+
+def test_a_ratio_is_taken_seed_by_seed() -> None:
+    """Seeds that differ tenfold but agree about the ratio: Welch's interval would hold 1."""
+    rows = []
+    for seed, size in enumerate((1.0, 10.0, 100.0)):
+        rows += network_rows(ONE, seed, 85.0, norm=2.0 * size * (1 + 0.01 * seed))
+        rows += network_rows(OTHER, seed, 84.0, norm=size)
+    found = ratio(rows, "norm", ONE, OTHER)
+    assert found is not None and found.n == 3 and "paired" in found.method
+    assert 1.9 < found.low < found.value < found.high < 2.2
+    welch = log_ratio_interval(values(rows, "norm", ONE), values(rows, "norm", OTHER))
+    assert welch.low < 1 < welch.high
+    lonely = [row for row in rows if row["batch_size"] == 32 or row["seed"] == 0]
+    one = ratio(lonely, "norm", ONE, OTHER)
+    assert one is not None and one.value == pytest.approx(2.0) and not one.has_interval
+    assert ratio([row for row in rows if (row["batch_size"], row["seed"]) in {(32, 0), (512, 1)}],
+                 "norm", ONE, OTHER) is None  # fmt: skip
+
+
+def test_a_share_reaches_no_further_than_one() -> None:
+    rows = []
+    for seed, share in enumerate((1.0, 0.999, 0.98)):
+        rows += network_rows(ONE, seed, 85.0, train_accuracy=share)
+    found = mean(rows, "train_accuracy", ONE, factor=100)
+    assert found is not None and found.high == 100.0 and found.low < 99 and found.value == pytest.approx(99.3)
+    assert mean(rows, "norm", ONE).high == 20.0
+
+
+def test_gap_controls_judge_by_the_interaction_of_the_same_seeds() -> None:
+    """Control gaps that are half of those written in every seed, although seeds differ widely."""
+    settings = {name: {"arm": name} for name in ("small", "large", "small'", "large'", "none")}
+    rows = []
+    for seed, (written, kept) in enumerate(((4.0, 3.0), (1.0, 0.8), (2.5, 2.0))):
+        for name, accuracy in {"small": 80 + written, "large": 80, "small'": 82 + kept, "large'": 82.0}.items():
+            rows += network_rows(settings[name], seed, accuracy)
+    small, large, small2, large2, none = settings.values()
+    arms = {"equal updates": (small2, large2), "never run": None, "no rows": (none, large)}
+    controls = gap_controls(rows, (small, large), arms)
+    assert [control.found is None for control in controls] == [False, False, True, True, True, True]
+    there, kept = controls[:2]
+    assert there.found.value == pytest.approx(5.8 / 3, abs=1e-6)
+    assert kept.found.value == pytest.approx(5.8 / 3 - 7.5 / 6, abs=1e-6)
+    assert "0.5 × as written" in kept.name and there.found.n == kept.found.n == 3
+    # The seeds' common part falls out: the written gap alone is anywhere between 0 and 6.
+    assert kept.found.high - kept.found.low < 0.5 * (gap(rows, small, large).estimate.high - there.found.low)
+    one = [row for row in rows if row["seed"] == 0]
+    assert not gap_controls(one, (small, large), {"x": (small2, large2)})[1].is_known
 
 
 @pytest.fixture(scope="module")

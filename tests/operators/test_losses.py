@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from curvlab.operators import HessianOperator, Problem
 from curvlab.operators.losses import CustomLoss, OutputLoss, SoftmaxCrossEntropy, SquaredError, as_loss
 from tests.operators.models import F64, labels, normal
 
@@ -208,6 +209,40 @@ def test_a_label_that_names_no_class_is_refused():
         for call in (loss.gradient, loss.curvature):
             with pytest.raises(ValueError, match=rf"in \[0, 3\) .* or ignore_index, got {bad}"):
                 call(outputs, targets)
+
+
+def test_labels_are_looked_at_before_they_are_indices():
+    """A label past the end would end a CUDA context, and -1 would be taken for the last class' weight."""
+    weighted = SoftmaxCrossEntropy(WEIGHTS, ignore_index=255)
+    with pytest.raises(ValueError, match=r"in \[0, C\) .* or ignore_index, got -1"):
+        SoftmaxCrossEntropy().weight(None, torch.tensor([0, -1, -100]))
+    for bad in (-1, 4):
+        with pytest.raises(ValueError, match=rf"in \[0, 4\) .* or ignore_index, got {bad}"):
+            weighted.weight(None, torch.tensor([0, bad, 255]))
+    assert weighted.weight(None, torch.tensor([1, 1, 255, 3])) == pytest.approx(4.3)
+    assert weighted.weight(None, torch.tensor([1, 1, 255, 3], dtype=torch.uint8)) == pytest.approx(4.3)
+    model = nn.Linear(3, 4).double()
+    with pytest.raises(ValueError, match=r"in \[0, 4\) .* got 4"):
+        HessianOperator(Problem(model, nn.CrossEntropyLoss(), (normal(3, 3), torch.tensor([0, 4, 1]))))
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.BCEWithLogitsLoss(), F.smooth_l1_loss])
+def test_outputs_may_have_no_axis_but_the_samples(loss):
+    own, outputs, targets = as_loss(loss), normal(5), normal(5, seed=3).sigmoid()
+    gradient = own.gradient(outputs, targets)
+    torch.testing.assert_close(dense(own.curvature(outputs, targets, "empirical"), outputs), gradient.square().diag())
+    if own.is_convex:
+        drawn = own.curvature(outputs, targets, "monte_carlo", num_samples=40_000, generator=torch.Generator())
+        torch.testing.assert_close(dense(drawn, outputs), 2.0 * torch.eye(5, dtype=F64), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["loss", "monte_carlo", "empirical"])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()])
+def test_no_directions_give_no_products(loss, kind):
+    outputs = normal(4, 3)
+    targets = labels(4, classes=3) if isinstance(loss, nn.CrossEntropyLoss) else normal(4, 3, seed=2)
+    curvature = as_loss(loss).curvature(outputs, targets, kind)
+    assert curvature(outputs.new_zeros(0, 4, 3)).shape == (0, 4, 3)
 
 
 def test_losses_say_what_they_are():

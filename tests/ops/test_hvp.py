@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -355,3 +356,8 @@ A, C4 = torch.ones(2, 3, 4), torch.ones(4)
 def test_errors_teach(call, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("name", list(bare_calls()))
+def test_the_twin_takes_the_same_arguments(name: str) -> None:
+    assert inspect.signature(getattr(hvp, name)) == inspect.signature(getattr(reference, name))

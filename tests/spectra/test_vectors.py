@@ -10,7 +10,7 @@ from curvlab.spectra import vectors as vec
 from tests.spectra.known import DTYPES, generator
 
 CPU = torch.device("cpu")
-SIZES = [1, 7, 1000, vec.BLOCK, vec.CACHED + 3]
+SIZES = [1, 7, 1000, vec.BLOCK, 4 * vec.BLOCK + 3]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:

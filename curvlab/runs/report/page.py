@@ -30,6 +30,7 @@ _BADGES = {
     Verdict.NOT_TESTABLE: ("open", "○"),
     Survives.YES: ("good", "✓"),
     Survives.NO: ("bad", "✕"),
+    Survives.UNDECIDED: ("partly", "?"),
     Survives.NOT_TESTED: ("open", "○"),
 }
 # Wider than one panel of figures.new_figure (446 SVG units): such a figure takes the page's whole width.

@@ -6,34 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "binding.h"
 #include "hvp/activation_factors_cuda.h"
 #include "hvp/pool_cuda.h"
 #include "hvp/softmax_hessian_cuda.h"
 #include "hvp/tangent_cuda.h"
-#include "simt_host.h"
-
-#define CURVLAB_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
-
-std::string message;
-
-template <class F>
-const char* guarded(F launch) {
-  try {
-    return launch();
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-template <class T>
-std::vector<T> garbage(std::int64_t n) {  // device memory that nobody has written: NaN
-  std::vector<T> v(static_cast<size_t>(n));
-  if (n) std::memset(static_cast<void*>(v.data()), 0xFF, sizeof(T) * v.size());
-  return v;
-}
 
 template <class Arguments>
 std::vector<double> workspace(const Arguments& x, int sums) {
@@ -44,16 +23,6 @@ std::vector<double> workspace(const Arguments& x, int sums) {
 }  // namespace
 
 using namespace curvlab::hvp;
-
-CURVLAB_EXPORT void host_set_order(int order, std::uint64_t seed) {
-  simt::options = {static_cast<simt::Order>(order), seed};
-}
-
-// launches, blocks, threads, switches, barriers, warp operations since the last call
-CURVLAB_EXPORT void host_take_statistics(std::uint64_t* six) {
-  std::memcpy(six, &simt::statistics, sizeof simt::statistics);
-  simt::statistics = {};
-}
 
 CURVLAB_EXPORT const char* host_tangent_forward(const ForwardArguments* x, const SumsTo* dot) {
   return guarded([&] {

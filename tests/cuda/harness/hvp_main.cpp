@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // hvp_main ORDER SEED: the kernels of csrc/hvp over small sizes, every route, for the sanitizers: each tensor is an
-// allocation of its own, whose ends ASan guards. Prints a line a case; exit status as norms_main.cpp.
+// allocation of its own, whose ends ASan guards.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,11 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "cases.h"
 #include "hvp/activation_factors_cuda.h"
 #include "hvp/pool_cuda.h"
 #include "hvp/softmax_hessian_cuda.h"
 #include "hvp/tangent_cuda.h"
-#include "simt_host.h"
 
 namespace {
 
@@ -203,12 +203,6 @@ bool activation(int type, std::int64_t n) {
   return right;
 }
 
-int wrong = 0;
-void report(const std::string& name, bool right) {
-  std::printf("%-60s %s\n", name.c_str(), right ? "right" : "WRONG VALUES");
-  wrong += !right;
-}
-
 void run_all() {
   for (const auto& [type, name] :
        {std::pair{int(kFloat32), std::string("float32")}, {kFloat64, "float64"}, {kBFloat16, "bfloat16"}}) {
@@ -225,14 +219,4 @@ void run_all() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  simt::options = {static_cast<simt::Order>(std::atoi(argv[1])), static_cast<std::uint64_t>(std::atoll(argv[2]))};
-  try {
-    run_all();
-  } catch (const simt::Fault& fault) {
-    std::fprintf(stderr, "FAULT %s\n", fault.what());
-    return 4;
-  }
-  return wrong ? 3 : 0;
-}
+int main(int argc, char** argv) { return run_cases(argc, argv, run_all); }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // norms_main ORDER SEED: the norm kernels over small sizes, every route, for the sanitizers: each tensor is an
-// allocation of its own, whose ends ASan guards. Prints a line a case; exit status 0 right, 3 wrong values, 4 the
-// harness stopped a launch; a sanitizer has its own.
+// allocation of its own, whose ends ASan guards.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,9 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "cases.h"
 #include "norms/filter_norms_cuda.h"
 #include "norms/multi_tensor_norms_cuda.h"
-#include "simt_host.h"
 
 namespace {
 
@@ -143,12 +142,6 @@ bool filters(const std::vector<std::pair<std::int64_t, std::int64_t>>& shapes, i
   return right;
 }
 
-int wrong = 0;
-void report(const std::string& name, bool right) {
-  std::printf("%-60s %s\n", name.c_str(), right ? "right" : "WRONG VALUES");
-  wrong += !right;
-}
-
 void run_all() {
   const std::vector<std::int64_t> sizes = {1, 0, 5, 16384, 8193, 3, 20001, 0};
   const char* types[] = {"float32", "float64", "bfloat16", "float16"};
@@ -176,14 +169,4 @@ void run_all() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  simt::options = {static_cast<simt::Order>(std::atoi(argv[1])), static_cast<std::uint64_t>(std::atoll(argv[2]))};
-  try {
-    run_all();
-  } catch (const simt::Fault& fault) {
-    std::fprintf(stderr, "FAULT %s\n", fault.what());
-    return 4;
-  }
-  return wrong ? 3 : 0;
-}
+int main(int argc, char** argv) { return run_cases(argc, argv, run_all); }
