@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies from global to shared memory that go on while the thread computes (cp.async, compute capability 8.0 on). A
 // thread's copies since its last commit are a group; what a group brought is seen by the thread after the wait, by
-// others after a barrier that follows it. The harness of the tests makes them at the wait, the latest moment allowed.
+// others after a barrier that follows it. The harness of the tests makes them at the first and the last moment allowed.
 #pragma once
 
 #include "common/device.cuh"

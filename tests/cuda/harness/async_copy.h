@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asynchronous copies to shared memory. A copy is made at the wait that covers it, the latest moment that CUDA allows:
-// a kernel that reads before its wait sees what was there before (NaN in fresh shared memory). What no wait covers
-// never arrives.
+// Asynchronous copies to shared memory. CUDA may make a copy at any moment from its issue to the wait that covers it.
+// Forward order takes the last one: a kernel that reads before its wait sees what was there before (NaN in fresh shared
+// memory), and what no wait covers never arrives. Reverse order takes the first: what others still read is overwritten.
+// Random order takes the one or the other.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -36,13 +37,6 @@ inline AsyncQueue& own_async_queue() {
   return queue;
 }
 
-inline void copy_async(void* to, const void* from, unsigned bytes) {
-  tsan::Quiet quiet;
-  AsyncQueue& queue = own_async_queue();
-  if (queue.count == AsyncQueue::kMost) block.fail("more than 1024 asynchronous copies of a thread wait");
-  queue.waiting[queue.count++] = {to, from, bytes, queue.committed};
-}
-
 inline void commit_copies() {
   tsan::Quiet quiet;
   ++own_async_queue().committed;
@@ -55,6 +49,26 @@ inline void make_copy(const AsyncCopy& copy) {
   } else {
     *static_cast<uint64_t*>(copy.to) = *static_cast<const uint64_t*>(copy.from);
   }
+}
+
+inline bool copies_at_once() {
+  static Random random(options.seed);
+  return options.order == Order::reverse || (options.order == Order::random && random.below(2));
+}
+
+inline void copy_async(void* to, const void* from, unsigned bytes) {
+  AsyncCopy copy{to, from, bytes, 0};
+  {
+    tsan::Quiet quiet;
+    if (!copies_at_once()) {
+      AsyncQueue& queue = own_async_queue();
+      if (queue.count == AsyncQueue::kMost) block.fail("more than 1024 asynchronous copies of a thread wait");
+      copy.group = queue.committed;
+      queue.waiting[queue.count++] = copy;
+      return;
+    }
+  }
+  make_copy(copy);
 }
 
 inline void wait_for_copies(unsigned pending) {

@@ -8,7 +8,7 @@
 //   ordering.h         what fences and atomics order between blocks
 //   shared_memory.h    poisoned and guarded arrays, fresh for every block
 //   launch.h           the grid; launch configuration errors
-//   async_copy.h       copies to shared memory that arrive at their wait
+//   async_copy.h       copies to shared memory that arrive at once or at their wait
 //   atomics.h device_math.h vector_types.h runtime_api.h qualifiers.h     CUDA's words
 //   sanitizers.h       what ASan and TSan are told
 //

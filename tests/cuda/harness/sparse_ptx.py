@@ -6,6 +6,7 @@ Calls are those of ``sparse_host.py``; grids are laid out here a second time, in
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Simulated:
 
     @staticmethod
     def _splits(x: Gather) -> int:
-        return host_sparse().library.host_weight_splits(build_pointer(x))
+        return host_sparse().library.host_weight_splits(ctypes.byref(x))
 
     def place(self, t: Tensor) -> int:
         """Where the tensor lies: as far from a 64-byte boundary as on the host; nothing behind its end is valid."""
@@ -86,8 +87,7 @@ class Simulated:
             arguments = [np.uint64(x.values), source, np.int64(count), np.uint64(permuted)]
             self.launch("permute_values_kernel", -(-count // BLOCK), arguments)
             x.values = permuted
-        steps = getattr(x, "out_step")
-        out = getattr(x, "out")
+        steps, out = x.out_step, x.out
         phases = steps.h * steps.w
         if x.windowed:
             blocks = channel_tiles(x, BLOCK_CHANNELS) * image_blocks(x) * x.tiles.h * x.tiles.w * phases
@@ -119,13 +119,6 @@ class Simulated:
         whole = self.memory.get(self.place(out) - shift, np.uint8)
         out.stored[:] = whole[shift : shift + out.stored.nbytes].view(out.stored.dtype)
         return self.call
-
-
-def build_pointer(x: Gather) -> Any:
-    """Its address, for the library of plans."""
-    import ctypes
-
-    return ctypes.byref(x)
 
 
 def channel_tiles(x: Gather, channels: int) -> int:
