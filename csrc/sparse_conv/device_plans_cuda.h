@@ -18,14 +18,6 @@
 
 namespace curvlab::sparse_conv {
 
-struct PlanKey {
-  Convolution convolution;
-  bool input_gradient, windows;
-  std::int32_t type;
-
-  bool operator==(const PlanKey&) const = default;
-};
-
 class DevicePlan {
  public:
   // Copies the lists and waits for that, so that any stream may use them.
@@ -72,8 +64,8 @@ class DevicePlan {
 };
 
 // Never destroyed: at exit the device may be gone before.
-inline PlanCache<PlanKey, DevicePlan>& device_plans() {
-  static auto& plans = *new PlanCache<PlanKey, DevicePlan>;
+inline PlanCache<DevicePlan>& device_plans() {
+  static auto& plans = *new PlanCache<DevicePlan>;
   return plans;
 }
 

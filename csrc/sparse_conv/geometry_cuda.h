@@ -19,7 +19,6 @@ namespace curvlab::sparse_conv {
 
 struct Pair {  // along height and width
   std::int32_t h, w;
-  bool operator==(const Pair&) const = default;
 };
 
 struct Phase {

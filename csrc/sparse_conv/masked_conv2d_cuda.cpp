@@ -56,8 +56,8 @@ Convolution convolution(const char* op, const ConvWeight& weight, at::IntArrayRe
           {number(op, "H", y[2]), number(op, "W", y[3])}};
 }
 
-// Of one image, positions are few and images many: then a 1 x 1 convolution of [N, C, 1, 1] (a linear layer) is computed
-// as that of [1, C, 1, N], so that the kernels have images side by side in memory.
+// Of one image, positions are few and images many: then a 1 x 1 convolution of [N, C, 1, 1] (a linear layer) is
+// computed as that of [1, C, 1, N], so that the kernels have images side by side in memory.
 bool is_linear(const ConvWeight& weight, at::IntArrayRef x) {
   return x[2] == 1 && x[3] == 1 && weight.taps() == 1 && weight.padding[0] == 0 && weight.padding[1] == 0;
 }
@@ -86,9 +86,19 @@ class Problem {
 
   // The plan on the device, for this number of images.
   std::shared_ptr<const DevicePlan> plan(const at::Tensor& indices, at::ScalarType type, bool input_gradient) const {
-    const PlanKey key{convolution(op_, weight_, x_, y_), input_gradient, images_fill_lanes(x_[0]), element_type(type)};
-    const bool captured = is_capturing();
-    auto plan = device_plans().get(indices, key, [&] { return make(indices, key, captured); });
+    const Convolution conv = convolution(op_, weight_, x_, y_);
+    const bool windows = images_fill_lanes(x_[0]), captured = is_capturing();
+    const std::int32_t kind = element_type(type);
+    const PlanKey key{conv.groups,     conv.out_channels, conv.in_channels, conv.kernel.h,  conv.kernel.w,
+                      conv.stride.h,   conv.stride.w,     conv.padding.h,   conv.padding.w, conv.dilation.h,
+                      conv.dilation.w, conv.x.h,          conv.x.w,         kind,           input_gradient,
+                      windows};
+    auto plan = device_plans().get(indices, key, [&] {
+      TORCH_CHECK(!captured, op_,
+                  ": a CUDA graph is being captured, and this mask and geometry have no plan yet, which is built on "
+                  "the host: call the op (and its backward pass) once before the capture");
+      return make(indices, conv, input_gradient, windows, kind);
+    });
     if (captured) keep_for_graph(plan);
     return plan;
   }
@@ -104,9 +114,8 @@ class Problem {
     return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   }
 
-  DevicePlan make(const at::Tensor& indices, const PlanKey& key, bool captured) const {
-    TORCH_CHECK(!captured, op_, ": a CUDA graph is being captured, and this mask and geometry have no plan yet, which is built on the "
-                "host: call the op (and its backward pass) once before the capture");
+  DevicePlan make(const at::Tensor& indices, const Convolution& conv, bool input_gradient, bool windows,
+                  std::int32_t type) const {
     const at::Tensor on_host = indices.cpu().contiguous();
     const std::int64_t count = on_host.numel();
     TORCH_CHECK_VALUE(count <= std::numeric_limits<std::int32_t>::max(), op_,
@@ -114,8 +123,7 @@ class Problem {
     const std::int64_t* positions = on_host.const_data_ptr<std::int64_t>();
     const char* wanted = check_indices(positions, count, weight_.elements());
     TORCH_CHECK_VALUE(wanted == nullptr, op_, ": indices must be ", wanted, ", got others");
-    return {make_gather_plan(key.convolution, positions, count, key.input_gradient, key.windows, key.type),
-            indices.device()};
+    return {make_gather_plan(conv, positions, count, input_gradient, windows, type), indices.device()};
   }
 
   const char* op_;
@@ -176,8 +184,8 @@ at::Tensor weight_gradient(const CheckedConv& checked, const at::Tensor& x, cons
   const int splits = weight_splits(arguments);
   const at::Tensor workspace = at::empty({splits * arguments.nonzeros},
                                          gv.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-  check_launch(op, launch_weight_gradient(arguments, splits, workspace.mutable_data_ptr(), gv.mutable_data_ptr(),
-                                          stream()));
+  check_launch(
+      op, launch_weight_gradient(arguments, splits, workspace.mutable_data_ptr(), gv.mutable_data_ptr(), stream()));
   return gv;
 }
 

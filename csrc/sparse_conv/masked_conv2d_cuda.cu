@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "sparse_conv/masked_conv2d_cuda.h"
-
 #include "common/launch.cuh"
+#include "sparse_conv/masked_conv2d_cuda.h"
 #include "sparse_conv/masked_conv2d_kernel.cuh"
 #include "sparse_conv/masked_conv2d_weight_kernel.cuh"
 
@@ -30,8 +29,7 @@ const char* gather(const GatherArguments& x, cudaStream_t stream) {
     return launch_error();
   }
   if (const char* error = allow_shared(gather_windows_kernel<scalar_t>, x.shared_bytes)) return error;
-  const std::int64_t blocks =
-      x.channel_tiles(kBlockChannels) * x.image_blocks() * x.position_tiles() * x.phase_count();
+  const std::int64_t blocks = x.channel_tiles(kBlockChannels) * x.image_blocks() * x.position_tiles() * x.phase_count();
   CURVLAB_LAUNCH(gather_windows_kernel<scalar_t>, grid_of(blocks), kBlockSize, x.shared_bytes, stream, x);
   return launch_error();
 }

@@ -28,9 +28,9 @@ constexpr std::int64_t kLeastPositionsOfSplit = 32 * 16;  // direct: 16 a lane
 // Rows of the workspace. They follow from shapes alone, never from the device.
 inline int weight_splits(const GatherArguments& x) {
   const std::int64_t row = std::max<std::int64_t>(1, x.nonzeros) * (x.type == kFloat64 ? 8 : 4);
-  const std::int64_t slices =
-      x.windowed ? x.image_blocks() * x.position_tiles()
-                 : (x.images * x.out_plane() + kLeastPositionsOfSplit - 1) / kLeastPositionsOfSplit;
+  const std::int64_t slices = x.windowed
+                                  ? x.image_blocks() * x.position_tiles()
+                                  : (x.images * x.out_plane() + kLeastPositionsOfSplit - 1) / kLeastPositionsOfSplit;
   const std::int64_t wide = std::max<std::int64_t>(
       1, x.windowed ? x.channel_tiles(kBlockChannels) : static_cast<std::int64_t>(x.groups) * x.out_channels);
   const std::int64_t wanted = std::min(slices, (kWeightBlocks + wide - 1) / wide);

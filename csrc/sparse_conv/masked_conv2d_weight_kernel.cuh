@@ -49,7 +49,8 @@ __device__ __forceinline__ double sum_over_lanes(int lane, double (&sums)[4]) {
 // Taps [begin, end) of one output channel, whose gradient the warp holds; `row` is the block's of the workspace.
 template <class acc_t>
 __device__ __forceinline__ void correlate(const GatherArguments& x, const acc_t* window,
-                                          const int (&at)[kPositionsPerLane], int begin, int end, bool is_first, const Sums<acc_t>& gradient, acc_t* row) {
+                                          const int (&at)[kPositionsPerLane], int begin, int end, bool is_first,
+                                          const Sums<acc_t>& gradient, acc_t* row) {
   constexpr int kLanesOfTap = 32 / kTogether<acc_t>;
   const int lane = lane_index();
 #pragma unroll 1
@@ -167,8 +168,8 @@ constexpr int kFinishTaps = 32, kFinishLanes = kBlockSize / kFinishTaps;
 
 template <class scalar_t>
 __global__ void __launch_bounds__(kBlockSize)
-    weight_finish_kernel(const typename Held<scalar_t>::type* __restrict__ workspace, int splits,
-                         std::int64_t nonzeros, scalar_t* __restrict__ out) {
+    weight_finish_kernel(const typename Held<scalar_t>::type* __restrict__ workspace, int splits, std::int64_t nonzeros,
+                         scalar_t* __restrict__ out) {
   CURVLAB_SHARED(double, scratch, [kFinishLanes][kFinishTaps]);
   const int column = static_cast<int>(threadIdx.x) % kFinishTaps, lane = static_cast<int>(threadIdx.x) / kFinishTaps;
   for (std::int64_t begin = blockIdx.x * static_cast<std::int64_t>(kFinishTaps); begin < nonzeros;

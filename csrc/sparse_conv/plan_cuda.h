@@ -18,7 +18,6 @@ struct Convolution {
   std::int32_t groups, out_channels, in_channels;
   Pair kernel, stride, padding, dilation;
   Pair x, y;  // extents of its input and output
-  bool operator==(const Convolution&) const = default;
 };
 
 struct GatherPlan {

@@ -84,8 +84,8 @@ struct WindowTile {
   __device__ __forceinline__ bool has_own(int c) const { return warp_index() + c * kWarps < slots; }
   // The row of `first` of its channel 0; of channel c it is kWarps rows further on.
   __device__ __forceinline__ const std::int32_t* lists(const GatherArguments& x) const {
-    return x.first + (static_cast<std::int64_t>(phase) * x.groups * x.out_channels + slot + warp_index()) *
-                         (x.stages + 1);
+    return x.first +
+           (static_cast<std::int64_t>(phase) * x.groups * x.out_channels + slot + warp_index()) * (x.stages + 1);
   }
   __device__ __forceinline__ bool is_inside(const GatherArguments& x, int position) const {
     return corner.h + position / x.tile.w < extent.h && corner.w + position % x.tile.w < extent.w;
@@ -102,7 +102,8 @@ template <class scalar_t, class acc_t>
 __device__ __forceinline__ void stage_window(const GatherArguments& x, const WindowTile& tile, Pair origin, int stage,
                                              acc_t* buffer) {
   const int lane = lane_index(), column = lane % 8, first_image = lane / 8;
-  const int begin = stage * x.stage_channels, channels = static_cast<int>(smaller(x.stage_channels, x.in_channels - begin));
+  const int begin = stage * x.stage_channels,
+            channels = static_cast<int>(smaller(x.stage_channels, x.in_channels - begin));
   const int plane = x.window_positions(), positions = channels * plane;
   const scalar_t* in = static_cast<const scalar_t*>(x.in_data) + tile.image * x.in_image() +
                        (static_cast<std::int64_t>(tile.group) * x.in_channels + begin) * x.in_plane() +
@@ -170,8 +171,8 @@ struct TileMover {
   template <class F, class Rest>
   __device__ __forceinline__ void for_each_element(int channel, F f, Rest rest) const {
     const int lane = lane_index(), first_image = lane / 8;
-    scalar_t* data = static_cast<scalar_t*>(x.out_data) + (tile.image + first_image) * x.out_image() +
-                     channel * x.out_plane();
+    scalar_t* data =
+        static_cast<scalar_t*>(x.out_data) + (tile.image + first_image) * x.out_image() + channel * x.out_plane();
     const std::int64_t step = 4 * x.out_image();
 #pragma unroll 1
     for (int p = lane % 8; p < Lanes<acc_t>::kTile; p += 8) {

@@ -105,7 +105,8 @@ def masks(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     empty_rows = sparse & (np.arange(shape[0]) % 3 == 0).reshape(-1, 1, 1, 1)
     empty_columns = sparse & (np.arange(shape[1]) % 2 == 0).reshape(1, -1, 1, 1)
     every = np.ones(shape, bool)
-    return dict(none=~every, every=every, one=one, uneven=uneven, empty_rows=empty_rows, empty_columns=empty_columns)
+    named = {"none": ~every, "every": every, "one": one, "uneven": uneven}
+    return named | {"empty_rows": empty_rows, "empty_columns": empty_columns}
 
 
 @pytest.mark.parametrize("windows", [True, False])
@@ -191,5 +192,7 @@ def test_indices_that_do_not_rise_are_refused(host: HostSparse) -> None:
         ([3, 8], b"positions within weight_shape"),
     ):
         array = np.array(indices, np.int64)
-        found = check(array.ctypes.data_as(sparse_host.c_void_p), sparse_host.c_int64(array.size), sparse_host.c_int64(8))
+        found = check(
+            array.ctypes.data_as(sparse_host.c_void_p), sparse_host.c_int64(array.size), sparse_host.c_int64(8)
+        )
         assert found == words, indices

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import partial
 
 import pytest
 
 from tests.cuda.harness import build
-from tests.cuda.test_sass import LIMITS, Kernel, named, read_kernels
+from tests.cuda.test_sass import LIMITS, Kernel, compiled, named
 
 BLOCK = 256
 SOURCE = build.SPARSE_LAUNCHERS[0]
@@ -18,12 +17,7 @@ SOURCE = build.SPARSE_LAUNCHERS[0]
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    if build.nvcc() is None:
-        pytest.skip("nvcc was not found: nothing compiles the kernels to machine code")
-    if build.nvdisasm() is None:
-        pytest.skip("nvdisasm was not found: pip install 'curvlab[dev]'")
-    build.in_parallel(partial(build.cubin, SOURCE, arch) for arch in LIMITS)
-    found = [kernel for arch in LIMITS for kernel in read_kernels(SOURCE, arch)]
+    found = compiled(build.SPARSE_LAUNCHERS)
     # For an architecture: the sum over a list and the weight gradient, windowed and direct, the permutation and the
     # second pass, in three types.
     assert Counter(kernel.arch for kernel in found) == dict.fromkeys(LIMITS, 6 * 3)
@@ -86,8 +80,8 @@ def loops_of(arch: str, part: str) -> list[list[str]]:
 @pytest.mark.parametrize("arch", LIMITS)
 @pytest.mark.parametrize("type_", ["f", "NS_12BFloat16BitsE"])
 def test_the_inner_loop_is_held_by_shared_memory(arch: str, type_: str) -> None:
-    """A tap is four 16-byte loads of shared memory, which hold the multiprocessor for 16 clocks, and 16 multiplications:
-    its four schedulers have 64 instructions to issue meanwhile. All four channels of a warp are loops of their own."""
+    """A tap is four 16-byte loads of shared memory, which hold the multiprocessor for 16 clocks, and 16 multiplications
+    (four schedulers could issue 64 instructions meanwhile). Each of a warp's four channels has a loop of its own."""
     kernel = f"gather_windows_kernelI{type_}"
     walks = [Counter(op.split(".")[0] for op in loop) for loop in loops_of(arch, kernel) if "LDS.128" in loop]
     assert len(walks) == 4

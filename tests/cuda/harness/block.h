@@ -112,7 +112,7 @@ class Block {
   BarrierResult barrier_result{};
   Thread* current = nullptr;
   unsigned size = 0, live = 0;
-  uint64_t serial = 0;  // of the running block, counted from 1
+  uint64_t serial = 0;         // of the running block, counted from 1
   void* fence_view = nullptr;  // see ordering.h
   const void* observed[kObserved] = {};
   unsigned next_observed = 0;

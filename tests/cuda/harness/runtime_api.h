@@ -18,8 +18,8 @@ enum cudaFuncAttribute : int { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 }
 namespace simt {
 inline cudaError_t last_error = cudaSuccess;
 
-constexpr size_t kDynamicLimit = 48 * 1024;        // without asking for more
-constexpr size_t kDynamicLargest = 99 * 1024;      // that every device of compute capability 8.0 on grants
+constexpr size_t kDynamicLimit = 48 * 1024;    // without asking for more
+constexpr size_t kDynamicLargest = 99 * 1024;  // that every device of compute capability 8.0 on grants
 inline std::map<const void*, size_t>& dynamic_limits = *new std::map<const void*, size_t>;  // kernels that asked
 
 inline size_t dynamic_limit(const void* kernel) {

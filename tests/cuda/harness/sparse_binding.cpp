@@ -1,32 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plans and launchers of csrc/sparse_conv on host memory, callable through ctypes with the kernels' own structs. The
-// launchers return nullptr, or what went wrong.
+// The plans and launchers of csrc/sparse_conv on host memory, callable through ctypes with the kernels' own structs.
+// The launchers return nullptr, or what went wrong.
 #include <cstdint>
-#include <cstring>
-#include <string>
 #include <vector>
 
-#include "simt_host.h"
+#include "binding.h"
 #include "sparse_conv/masked_conv2d_cuda.h"
 #include "sparse_conv/plan_cuda.h"
-
-#define CURVLAB_EXPORT extern "C" __attribute__((visibility("default")))
 
 using namespace curvlab::sparse_conv;
 
 namespace {
-
-std::string message;
-
-template <class F>
-const char* guarded(F launch) {
-  try {
-    return launch();
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 template <class T>
 std::int64_t view(const std::vector<T>& list, const void** data) {
@@ -35,16 +19,6 @@ std::int64_t view(const std::vector<T>& list, const void** data) {
 }
 
 }  // namespace
-
-CURVLAB_EXPORT void host_set_order(int order, std::uint64_t seed) {
-  simt::options = {static_cast<simt::Order>(order), seed};
-}
-
-// launches, blocks, threads, switches, barriers, warp operations since the last call
-CURVLAB_EXPORT void host_take_statistics(std::uint64_t* six) {
-  std::memcpy(six, &simt::statistics, sizeof simt::statistics);
-  simt::statistics = {};
-}
 
 CURVLAB_EXPORT const char* host_check_indices(const std::int64_t* indices, std::int64_t count, std::int64_t weights) {
   return check_indices(indices, count, weights);
@@ -94,9 +68,7 @@ CURVLAB_EXPORT const char* host_permute_values(const void* values, const std::in
 
 CURVLAB_EXPORT const char* host_weight_gradient(const GatherArguments* x, int splits, void* dvalues) {
   return guarded([&] {
-    const std::int64_t numbers = splits * x->nonzeros;
-    std::vector<double> workspace(static_cast<size_t>(numbers));  // device memory that nobody has written: NaN
-    if (numbers) std::memset(static_cast<void*>(workspace.data()), 0xFF, 8 * workspace.size());
+    std::vector<double> workspace = garbage<double>(splits * x->nonzeros);
     return launch_weight_gradient(*x, splits, workspace.data(), dvalues, nullptr);
   });
 }

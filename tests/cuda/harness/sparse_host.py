@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA launchers of ``csrc/sparse_conv`` on numpy arrays: plans, argument structs, the host harness, the reference.
 
-The plan is the product's own (``plan_cuda.h``, plain C++); what it must lead to is computed by torch's dense convolution
-and its autograd in float64.
+The plan is the product's own (``plan_cuda.h``, plain C++); what it must lead to is computed by torch's dense
+convolution and its autograd in float64.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ class Plan:
         self._library.host_free_plan(self._handle)
 
 
-def fill_arguments(call: Call, plan: Plan, place: Callable[[Tensor], int], place_list: Callable[[Array], int]) -> Gather:
+def fill_arguments(
+    call: Call, plan: Plan, place: Callable[[Tensor], int], place_list: Callable[[Array], int]
+) -> Gather:
     """The kernels' arguments, with addresses that a level of verification chooses; values are placed by the caller."""
     x = plan.arguments
     for name in LISTS[:-1]:

@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// sparse_main ORDER SEED: the kernels of csrc/sparse_conv over small sizes, every route, for the sanitizers: each tensor
-// and each list is an allocation of its own, whose ends ASan guards. Prints a line a case; exit status as
-// norms_main.cpp.
+// sparse_main ORDER SEED: the kernels of csrc/sparse_conv over small sizes, every route, for the sanitizers: each
+// tensor and each list is an allocation of its own, whose ends ASan guards. Output and exit status: cases.h.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "simt_host.h"
+#include "cases.h"
 #include "sparse_conv/masked_conv2d_cuda.h"
 #include "sparse_conv/plan_cuda.h"
 
@@ -133,12 +130,6 @@ bool convolution(int type, const Convolution& conv, std::int64_t images, bool wi
   return right && (forward.arguments.windowed != 0) == windows && (backward.arguments.windowed != 0) == windows;
 }
 
-int wrong = 0;
-void report(const std::string& name, bool right) {
-  std::printf("%-60s %s\n", name.c_str(), right ? "right" : "WRONG VALUES");
-  wrong += !right;
-}
-
 // Sizes of a few blocks a launch: TSan has room for 29, and is slow.
 void run_all() {
   const Convolution stages{1, 20, 40, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {2, 7}, {2, 7}};
@@ -158,14 +149,4 @@ void run_all() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  simt::options = {static_cast<simt::Order>(std::atoi(argv[1])), static_cast<std::uint64_t>(std::atoll(argv[2]))};
-  try {
-    run_all();
-  } catch (const simt::Fault& fault) {
-    std::fprintf(stderr, "FAULT %s\n", fault.what());
-    return 4;
-  }
-  return wrong ? 3 : 0;
-}
+int main(int argc, char** argv) { return run_cases(argc, argv, run_all); }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kPositions)
   for (int c = 0; c < channels; ++c) {
     if (c + 1 < channels) stage<kFault>(x + (c + 1) * n, start, n, window[(c + 1) % 2]);
     curvlab::commit_copies();
-    if constexpr (kFault != 12) curvlab::wait_for_copies<1>();
+    if constexpr (kFault != 12) curvlab::wait_for_copies<1>();  // fault 15: where the host makes late copies
     __syncthreads();
     const float* here = window[c % 2] + thread;
     sum += here[0] + here[1] + here[2];  // fault 12: it has not arrived; fault 13: it is overwritten meanwhile
