@@ -41,6 +41,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
                             const at::Tensor& indices, const OptionalTensor& bias, const Geometry& geometry) {
     const at::AutoDispatchBelowADInplaceOrView below;
     context->save_for_backward({x, values, indices});
+    context->saved_data["bias"] = given(bias);  // an absent one has no edge to ask about
     save(context, geometry);
     return masked_conv2d(x, values, indices, bias, CURVLAB_GEOMETRY(geometry));
   }
@@ -60,7 +61,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
       }
       if (wants_values) out[1] = masked_conv2d_weight(x, grad, indices, CURVLAB_GEOMETRY(geometry));
     }
-    if (context->needs_input_grad(3)) out[3] = grad.sum({0, 2, 3});
+    if (context->saved_data["bias"].toBool() && context->needs_input_grad(3)) out[3] = grad.sum({0, 2, 3});
     return out;
   }
 };

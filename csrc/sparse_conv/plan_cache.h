@@ -24,7 +24,7 @@ class PlanCache {
   template <class Make>
   std::shared_ptr<const Plan> get(const at::Tensor& indices, const PlanKey& key, const Make& make) {
     if (indices.is_inference()) return std::make_shared<const Plan>(make());
-    const auto version = indices._version();
+    const auto version = static_cast<std::uint32_t>(indices._version());
     {
       const std::lock_guard<std::mutex> guard(mutex_);
       for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
@@ -63,8 +63,7 @@ class PlanCache {
     }
     bool is_stale(const at::Tensor& indices, std::uint32_t now) const {
       return tensor.expired() ||
-             (is_of(indices) &&
-              (version != now || data != indices.const_data_ptr() || count != indices.numel()));
+             (is_of(indices) && (version != now || data != indices.const_data_ptr() || count != indices.numel()));
     }
   };
 
