@@ -59,7 +59,8 @@ Convolution convolution(const char* op, const ConvWeight& weight, at::IntArrayRe
 // Of one image, positions are few and images many: then a 1 x 1 convolution of [N, C, 1, 1] (a linear layer) is
 // computed as that of [1, C, 1, N], so that the kernels have images side by side in memory.
 bool is_linear(const ConvWeight& weight, at::IntArrayRef x) {
-  return x[2] == 1 && x[3] == 1 && weight.taps() == 1 && weight.padding[0] == 0 && weight.padding[1] == 0;
+  return x[2] == 1 && x[3] == 1 && weight.taps() == 1 && weight.padding[0] == 0 && weight.padding[1] == 0 &&
+         weight.stride[0] == 1 && weight.stride[1] == 1;
 }
 
 // [N, C, 1, 1] and [1, C, 1, N]: the one from the other.

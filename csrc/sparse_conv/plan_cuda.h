@@ -32,7 +32,7 @@ struct GatherPlan {
 // Where images fill the lanes of the windowed kernels to two thirds at least; below, the direct kernels (which have no
 // lanes of images) do less work.
 inline bool images_fill_lanes(std::int64_t images) {
-  return 3 * images >= 2 * ((images + kImages - 1) / kImages * kImages);
+  return images > 0 && 3 * images >= 2 * ((images + kImages - 1) / kImages * kImages);
 }
 
 namespace detail {
@@ -111,7 +111,7 @@ inline bool lay_windows(GatherArguments& x, const Spans& spans) {
   x.tile = tile_for(positions, count);
   x.tiles = {ceil_div(positions.h, x.tile.h), ceil_div(positions.w, x.tile.w)};
   if (2 * static_cast<std::int64_t>(positions.h) * positions.w < x.position_tiles() * count) return false;
-  if (2 * x.out_channels < kBlockChannels) return false;  // idle warps
+  if (x.in_channels == 0 || 2 * x.out_channels < kBlockChannels) return false;  // nothing to stage; idle warps
   std::int64_t h = 0, w = 0;
   for (std::size_t i = 0; i < spans.low.size(); ++i) {
     h = std::max<std::int64_t>(h, static_cast<std::int64_t>(spans.high[i].h) - spans.low[i].h);

@@ -178,7 +178,10 @@ def test_nothing_is_launched_without_elements(host: HostSparse) -> None:
         host.run(make_call(op, empty, mask=np.zeros(empty.weight_shape, bool)))
     host.run(make_call("weight", Conv(2, 4, 5, (3, 3)), mask=np.zeros(empty.weight_shape, bool)))
     assert host.launches() == 0
-    run(host, make_call("weight", empty, density=1.1))  # sums over no images
+    for sums_over_no_images in (empty, Conv(0, 16, 16, (8, 8))):
+        run(host, make_call("weight", sums_over_no_images, density=1.1))
+    no_filters = make_call("input", Conv(32, 16, 0, (8, 8)))
+    assert (host.run(no_filters).out.values == 0).all()
 
 
 def test_indices_that_do_not_rise_are_refused(host: HostSparse) -> None:

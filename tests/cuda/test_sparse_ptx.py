@@ -61,6 +61,14 @@ def test_the_same_bits_as_on_the_host_and_in_any_order(op: str, windows: bool) -
             assert call.out.stored.tobytes() == host.out.stored.tobytes(), (dtype, seed)
 
 
+@pytest.mark.parametrize("windows", [True, False])
+def test_a_grid_smaller_than_the_work(windows: bool) -> None:
+    """As with more blocks than a grid can have: a block goes on to the next tile, its shared memory too."""
+    call = make_call("forward", Conv(33, 16, 33, (3, 9)), windows=windows, density=0.1)
+    want = expected(call)
+    assert_right(Simulated(call, most_blocks=3).run().take_back(), want)
+
+
 # ---- budgets -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Budget:

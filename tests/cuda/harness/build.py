@@ -117,9 +117,13 @@ def host_library(name: str, sources: Iterable[Path]) -> Path:
     return _host_build(f"lib{name}.so", sources, flags)
 
 
-def host_executable(name: str, sources: Iterable[Path], sanitizer: str = "") -> Path:
-    """Executable of the host harness; ``sanitizer`` is "", "address" (with undefined behavior) or "thread"."""
-    return _host_build(f"{name}-{sanitizer or 'plain'}", sources, _SANITIZERS[sanitizer])
+def host_executable(name: str, sources: Iterable[Path], sanitizer: str = "", *, headers: Path | None = None) -> Path:
+    """Executable of the host harness; ``sanitizer`` is "", "address" (with undefined behavior) or "thread".
+
+    ``headers`` is a folder whose files go before those of ``csrc``; its name must change with what it holds.
+    """
+    first = () if headers is None else ("-iquote", str(headers))
+    return _host_build(f"{name}-{sanitizer or 'plain'}", sources, (*_SANITIZERS[sanitizer], *first))
 
 
 def _no_unique() -> tuple[str, ...]:

@@ -21,11 +21,23 @@ STORAGE = {"float32": "f", "float64": "d", "bfloat16": "NS_12BFloat16BitsE"}  # 
 
 
 class Simulated:
-    """One call in the simulator's memory; ``profiles`` keeps what each launch did, by the kernel's name."""
+    """One call in the simulator's memory; ``profiles`` keeps what each launch did, by the kernel's name.
 
-    def __init__(self, call: Call, *, arch: str = "compute_80", fuse: bool = True, check: bool = True, seed: int = 0):
+    ``most_blocks`` limits the grid of the kernels that loop over their work.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        *,
+        arch: str = "compute_80",
+        fuse: bool = True,
+        check: bool = True,
+        seed: int = 0,
+        most_blocks: int = 1 << 30,
+    ):
         module = ptx_level.require_simulator()
-        self.call, self.check, self.seed = call, check, seed
+        self.call, self.check, self.seed, self.most_blocks = call, check, seed, most_blocks
         self.program = ptx_level.program(build.SPARSE_LAUNCHERS[0], arch, fuse)
         plan = host_sparse().plan(call)
         tensors = [t for t in (call.x, call.gradient, call.values, call.bias, call.out) if t is not None]
@@ -91,11 +103,11 @@ class Simulated:
         phases = steps.h * steps.w
         if x.windowed:
             blocks = channel_tiles(x, BLOCK_CHANNELS) * image_blocks(x) * x.tiles.h * x.tiles.w * phases
-            self.launch("gather_windows_kernel", blocks, [x], x.shared_bytes)
+            self.launch("gather_windows_kernel", min(blocks, self.most_blocks), [x], x.shared_bytes)
         else:
             positions = -(-out.h // steps.h) * -(-out.w // steps.w)
             blocks = channel_tiles(x, WARPS) * -(-x.images * positions // DIRECT_TILE) * phases
-            self.launch("gather_direct_kernel", blocks, [x])
+            self.launch("gather_direct_kernel", min(blocks, self.most_blocks), [x])
 
     def _weight(self) -> None:
         call, x = self.call, self.arguments
