@@ -2,8 +2,8 @@
 """What a ticket is compared with: the same counts at other places, and the same places with other weights.
 
 A random mask with the layers' counts is :func:`shuffle_layerwise`; with the global count alone,
-:func:`curvlab.sparse.random_mask`.  (Frankle et al. 2021, "Pruning neural networks at initialization: why are we missing
-the mark?", section 5, name both controls and re-initialization.)
+:func:`curvlab.sparse.random_mask`.  Both, and re-initialization, are the controls of Frankle et al. 2021, "Pruning
+neural networks at initialization: why are we missing the mark?", section 5.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ r"""Which weights to keep: by magnitude, at random, or by what the loss says of 
 
 Every criterion is ``f(model, density, ..., mask=None, params=None) -> Mask``: it keeps exactly ``density * N`` (to the
 nearest integer, halves up) of the N weights of all Conv2d and Linear layers - no biases, no normalizations - those of
-the largest score, ties to the lower position.  ``mask``: the present one, in which the new one is nested (a sparse model
-brings its own).  The model is never modified.
+the largest score, ties to the lower position.  ``mask``: the present one, in which the new one is nested (a sparse
+model brings its own).  The model is never modified.
 """
 
 from __future__ import annotations

@@ -203,6 +203,9 @@ class MaskedConv2d(MaskedLayer):
         # What the kernels pad, and what the library pads before: [left, right, top, bottom].
         self.inner_padding = (top, left) if even and self.padding_mode == "zeros" else (0, 0)
         self.outer_padding = [] if even and self.padding_mode == "zeros" else [left, right, top, bottom]
+        # The dense path keeps the layout that the layer had: the library's convolutions go by it.
+        weight = layer.weight
+        self.channels_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
@@ -214,7 +217,10 @@ class MaskedConv2d(MaskedLayer):
                 x, self.values, self.indices, self.weight_shape, self.bias,
                 stride=self.stride, padding=self.inner_padding, dilation=self.dilation, groups=self.groups,
             )  # fmt: skip
-        return F.conv2d(x, self.to_dense(), self.bias, self.stride, self.inner_padding, self.dilation, self.groups)
+        weight = self.to_dense()
+        if self.channels_last:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, self.bias, self.stride, self.inner_padding, self.dilation, self.groups)
 
     def dense_layer(self) -> nn.Conv2d:
         """An ``nn.Conv2d`` of its own memory with the same values, zero where weights are pruned."""
@@ -222,7 +228,8 @@ class MaskedConv2d(MaskedLayer):
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,  # type: ignore[arg-type]
             self.dilation, self.groups, self.bias is not None, self.padding_mode, device="meta",  # type: ignore[arg-type]
         )  # fmt: skip
-        return cast("nn.Conv2d", _filled(layer, self))
+        filled = cast("nn.Conv2d", _filled(layer, self))
+        return filled.to(memory_format=torch.channels_last) if self.channels_last else filled  # type: ignore[call-overload]
 
     def extra_repr(self) -> str:
         """Geometry, then how much survives and what computes."""

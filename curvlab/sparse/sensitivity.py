@@ -170,8 +170,8 @@ def synflow(
 
     Round r = 1 .. rounds keeps ``density^(r / rounds)``, scored anew at the mask of the round before: w dR/dw with
     R the sum of the outputs on an input of ones, all parameters replaced by their absolute values, BatchNorm at
-    statistics (0, 1), evaluation mode, float64 (R grows with depth beyond float32).  As in the authors' code biases take
-    part, with their absolute values.  The theory supposes activations with f(x) = f'(x) x, such as ReLU.
+    statistics (0, 1), evaluation mode, float64 (R grows with depth beyond float32).  As in the authors' code biases
+    take part, with their absolute values.  The theory supposes activations with f(x) = f'(x) x, such as ReLU.
 
     Args:
         model: dense or sparse.
