@@ -1,10 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels of masked_conv2d and of its input gradient: the sum of geometry_cuda.h over a list of taps.
 //
-// Windowed: for many images. A tap is used once at every position, so every multiplication needs one number from shared
-// memory, and an SM (H100: 128 multiplications, 32 numbers a clock) reaches a quarter of its FP32 peak at best: on
-// paper, dense tensor-core convolution wins below about 94 (TF32) to 97 % (bfloat16) of zeros, cuDNN's true float32
-// below about 64 %. None of this was measured.
+// Windowed, for many images: a tap is used once at every position, so every multiplication needs one number of its own
+// from shared memory. An SM delivers 32 numbers a clock and multiplies 128 (H100; A100: 64) in float32, so a quarter of
+// H100's FP32 peak is the ceiling (Sputnik reports 27 % on V100). Hence, by counting and with dense efficiencies that
+// are assumed (cuDNN float32 70 %, TF32 and bfloat16 60 % of their peaks), the density below which this can win is
+// (0.25 FP32 peak) / (efficiency * dense peak), that is, dense convolution is expected to win below these sparsities:
+//   cuDNN true float32            about 64 %
+//   cuDNN TF32 (torch's default)  about 94 to 95 %
+//   cuDNN bfloat16                about 94 to 97 %
+// and far above them memory is the floor (64 -> 64 channels at 32 x 32, 128 images: 1.6 times TF32 at 98 %). Nothing of
+// this was measured on a GPU. bfloat16 is stored as such and widened when staged: half of the memory traffic, but the
+// same bound of shared memory.
 #pragma once
 
 #include <cstdint>

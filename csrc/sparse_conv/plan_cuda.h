@@ -51,6 +51,8 @@ class Decoder {
   Decoder(const Convolution& conv, bool input_gradient, Pair out_step)
       : conv_(conv), input_gradient_(input_gradient), out_step_(out_step) {}
 
+  bool input_gradient() const { return input_gradient_; }
+
   Entry operator()(std::int64_t position) const {
     const auto kernel_w = static_cast<std::int32_t>(position % conv_.kernel.w);
     position /= conv_.kernel.w;
@@ -144,6 +146,67 @@ inline std::vector<std::int32_t> by_nonzeros(const std::vector<std::int64_t>& co
   return order;
 }
 
+// The cell of a tap in a table [phases, output channels in their own order, stages + 1].
+inline std::size_t cell_of(const GatherArguments& x, const Entry& e) {
+  const std::int64_t channels = static_cast<std::int64_t>(x.groups) * x.out_channels;
+  return static_cast<std::size_t>((e.phase * channels + e.out_channel) * (x.stages + 1) +
+                                  e.in_channel / x.stage_channels);
+}
+
+// Fills `order` and `first`; returns where the taps of every cell begin. Lists lie in the channels' own order, so that
+// a forward list has the order of the values.
+inline std::vector<std::int32_t> order_channels(GatherPlan& plan, const std::int64_t* indices, std::int64_t nonzeros,
+                                                const Decoder& decode) {
+  const GatherArguments& x = plan.arguments;
+  const std::int64_t channels = static_cast<std::int64_t>(x.groups) * x.out_channels, row = x.stages + 1;
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(channels));
+  std::vector<std::int32_t> begins(static_cast<std::size_t>(x.phase_count() * channels * row), 0);
+  for (std::int64_t k = 0; k < nonzeros; ++k) {
+    const Entry e = decode(indices[k]);
+    if (!e.used) continue;
+    ++begins[cell_of(x, e)];
+    ++counts[e.out_channel];
+  }
+  std::int32_t begin = 0;
+  for (std::int32_t& cell : begins) {
+    const std::int32_t count = cell;
+    cell = begin;
+    begin += count;
+  }
+  plan.order = by_nonzeros(counts, x.out_channels);
+  plan.first.reserve(begins.size());
+  for (std::int64_t phase = 0; phase < x.phase_count(); ++phase) {
+    for (const std::int32_t channel : plan.order) {
+      const auto from = begins.begin() + (phase * channels + channel) * row;
+      plan.first.insert(plan.first.end(), from, from + row);
+    }
+  }
+  return begins;
+}
+
+// Fills `offsets` or `taps`, and `source`. Within a cell taps keep the order of the values.
+inline void place_taps(GatherPlan& plan, const std::int64_t* indices, std::int64_t nonzeros, const Decoder& decode,
+                       std::vector<std::int32_t> next) {
+  const GatherArguments& x = plan.arguments;
+  if (x.windowed) plan.offsets.resize(static_cast<std::size_t>(x.nonzeros));
+  if (!x.windowed) plan.taps.resize(static_cast<std::size_t>(x.nonzeros));
+  if (decode.input_gradient()) plan.source.resize(static_cast<std::size_t>(x.nonzeros));
+  for (std::int64_t k = 0; k < nonzeros; ++k) {
+    const Entry e = decode(indices[k]);
+    if (!e.used) continue;
+    const std::int32_t place = next[cell_of(x, e)]++;
+    const Pair origin = plan.phases[e.phase].origin;
+    if (x.windowed) {
+      plan.offsets[place] = (e.in_channel % x.stage_channels * x.window_positions() + (e.d.h - origin.h) * x.window.w +
+                             (e.d.w - origin.w)) *
+                            kPitch;
+    } else {
+      plan.taps[place] = {e.in_channel * x.in_plane() + static_cast<std::int64_t>(e.d.h) * x.in.w + e.d.w, e.d};
+    }
+    if (decode.input_gradient()) plan.source[place] = static_cast<std::int32_t>(k);
+  }
+}
+
 }  // namespace detail
 
 // nullptr, or what is wrong with the indices: they must rise strictly within the weight. Kernels trust the lists.
@@ -177,57 +240,11 @@ inline GatherPlan make_gather_plan(const Convolution& conv, const std::int64_t* 
   x.nonzeros = spans.used;
   x.windowed = windows && detail::lay_windows(x, spans);
   if (!x.windowed) x.stages = 1, x.stage_channels = std::max(1, x.in_channels);
-
-  // How many taps every stage of every (phase, output channel) has, then where they begin: channels in their own order,
-  // so that a forward list has the order of the values.
-  const std::int64_t channels = static_cast<std::int64_t>(x.groups) * x.out_channels;
-  const std::int64_t row = x.stages + 1;
-  std::vector<std::int64_t> counts(static_cast<std::size_t>(channels));
-  std::vector<std::int32_t> next(static_cast<std::size_t>(x.phase_count() * channels * row), 0);
-  const auto slot = [&](const detail::Entry& e) {
-    return (e.phase * channels + e.out_channel) * row + e.in_channel / x.stage_channels;
-  };
-  for (std::int64_t k = 0; k < nonzeros; ++k) {
-    const detail::Entry e = decode(indices[k]);
-    if (!e.used) continue;
-    ++next[slot(e)];
-    ++counts[e.out_channel];
-  }
-  std::int32_t begin = 0;
-  for (std::int32_t& place : next) {
-    const std::int32_t count = place;
-    place = begin;
-    begin += count;
-  }
-  plan.order = detail::by_nonzeros(counts, x.out_channels);
-  for (std::int64_t phase = 0; phase < x.phase_count(); ++phase) {
-    for (const std::int32_t channel : plan.order) {
-      const auto from = next.begin() + (phase * channels + channel) * row;
-      plan.first.insert(plan.first.end(), from, from + row);
-    }
-  }
   for (std::size_t i = 0; i < spans.low.size(); ++i) {
     const bool taken = spans.low[i].h <= spans.high[i].h;
     plan.phases.push_back({taken ? spans.low[i] : Pair{0, 0}, taken ? x.stages : 0, 0});
   }
-
-  if (x.windowed) plan.offsets.resize(static_cast<std::size_t>(x.nonzeros));
-  if (!x.windowed) plan.taps.resize(static_cast<std::size_t>(x.nonzeros));
-  if (input_gradient) plan.source.resize(static_cast<std::size_t>(x.nonzeros));
-  for (std::int64_t k = 0; k < nonzeros; ++k) {
-    const detail::Entry e = decode(indices[k]);
-    if (!e.used) continue;
-    const std::int32_t place = next[slot(e)]++;
-    const Pair origin = plan.phases[e.phase].origin;
-    if (x.windowed) {
-      plan.offsets[place] = (e.in_channel % x.stage_channels * x.window_positions() + (e.d.h - origin.h) * x.window.w +
-                             (e.d.w - origin.w)) *
-                            kPitch;
-    } else {
-      plan.taps[place] = {e.in_channel * x.in_plane() + static_cast<std::int64_t>(e.d.h) * x.in.w + e.d.w, e.d};
-    }
-    if (input_gradient) plan.source[place] = static_cast<std::int32_t>(k);
-  }
+  detail::place_taps(plan, indices, nonzeros, decode, detail::order_channels(plan, indices, nonzeros, decode));
   return plan;
 }
 
