@@ -141,8 +141,8 @@ PRESETS: dict[str, Config] = {
         control_kept=(0.1,), image_rounds=0, image_compared_rounds=(), image_rewind_step=4,
     ),
     "cpu": Config(
-        seeds=3, image_seeds=2, num_train=10_000, epochs=20, rounds=10, compared_rounds=(4, 7, 10), rewind_step=167,
-        num_images=5_000, channels=8, image_epochs=20, kept=(0.2, 0.1), control_kept=(0.1,), image_rounds=0,
+        seeds=3, image_seeds=2, num_train=10_000, epochs=16, rounds=10, compared_rounds=(7, 10), rewind_step=167,
+        num_images=5_000, channels=8, image_epochs=16, kept=(0.2, 0.1), control_kept=(0.1,), image_rounds=0,
         image_compared_rounds=(), image_rewind_step=80,
     ),
     "paper": Config(),
