@@ -99,7 +99,11 @@ class MaskedLayer(nn.Module):
         total = torch.Size(self.weight_shape).numel()
         if values.shape[0] == total:  # nothing pruned: the values are the weight, and nothing is written
             return values.view(self.weight_shape)
-        return values.new_zeros(total).scatter(0, self.indices, values).view(self.weight_shape)
+        # index_copy, not scatter: its derivative, index_select, takes 0.4 ms where gather takes 0.9 (half of 2^20).
+        zeros = values.new_zeros(total)
+        if torch._C._are_functorch_transforms_active():  # a batch of values cannot be written into one weight
+            return zeros.index_copy(0, self.indices, values).view(self.weight_shape)
+        return zeros.index_copy_(0, self.indices, values).view(self.weight_shape)
 
     def set_mask(self, mask: Tensor) -> Tensor:
         """Take another mask: survivors keep their values, grown weights begin at zero.
@@ -132,8 +136,7 @@ class MaskedLayer(nn.Module):
         return source
 
     def _choose(self) -> Path:
-        convolution = len(self.weight_shape) == 4
-        return choose_path(self.kernels, self.density, self.values.device, convolution=convolution)
+        return choose_path(self.kernels, self.density, self.values.device, self.weight_shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As for every module; another device may be another path."""

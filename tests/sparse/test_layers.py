@@ -13,7 +13,7 @@ from torch import nn
 
 from curvlab.norms import parameter_norms
 from curvlab.sparse import Mask, MaskedConv2d, MaskedLinear, densify, random_mask, sparsify
-from curvlab.sparse.crossover import CONV_DENSITY, LINEAR_DENSITY, choose_path
+from curvlab.sparse.crossover import LINEAR_DENSITY, choose_path
 from tests.sparse.samples import F64, batch, mask_of, masked, network, normal, seeded
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -189,15 +189,18 @@ def test_compiles_whole(kernels: Any) -> None:
 
 def test_auto_goes_by_density_and_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for limit, convolution in ((CONV_DENSITY, True), (LINEAR_DENSITY, False)):
-        assert choose_path("auto", limit, cpu, convolution=convolution) == "sparse"
-        assert choose_path("auto", limit + 1e-6, cpu, convolution=convolution) == "dense"
-        assert choose_path("auto", 0.01, cuda, convolution=convolution) == "dense"
-    assert choose_path("sparse", 1.0, cuda, convolution=True) == "sparse"
-    layer = nn.Conv2d(2, 2, 3)
-    paths = [MaskedConv2d(layer, torch.arange(36).view(2, 2, 3, 3) < n).path for n in (3, 35)]
-    assert paths == ["sparse", "dense"]
-    assert "3 of 36 weights, sparse" in repr(MaskedConv2d(layer, torch.arange(36).view(2, 2, 3, 3) < 3))
+    limits = [((64, 32, 3, 3), 0.8), ((64, 64, 3, 3), 0.6), ((64, 512, 1, 1), 0.6), ((9, 5), LINEAR_DENSITY)]
+    for shape, limit in limits:
+        assert choose_path("auto", limit, cpu, shape) == "sparse"
+        assert choose_path("auto", limit + 1e-6, cpu, shape) == "dense"
+        assert choose_path("auto", 0.01, cuda, shape) == "dense"
+        assert choose_path("sparse", 1.0, cuda, shape) == "sparse"
+        assert choose_path("dense", 0.0, cpu, shape) == "dense"
+    assert choose_path("auto", 1.0, cpu, (32, 3, 3, 3)) == "sparse"  # few weights a filter: always faster
+    layer = nn.Conv2d(32, 2, 3)
+    order = torch.arange(layer.weight.numel()).view(layer.weight.shape)
+    assert [MaskedConv2d(layer, order < n).path for n in (3, 575)] == ["sparse", "dense"]
+    assert "3 of 576 weights, sparse" in repr(MaskedConv2d(layer, order < 3))
 
 
 def test_frozen_weights_stay_frozen() -> None:

@@ -181,7 +181,7 @@ def test_pruning_to_one_weight_keeps_step_counts() -> None:
 
 
 def test_auto_chooses_again_after_an_update() -> None:
-    model = nn.Conv2d(4, 4, 3)
+    model = nn.Conv2d(32, 4, 3)
     sparse = sparsify(model, Mask.dense(model))
     assert sparse.path == "dense"
     update_mask(sparse, global_magnitude(model, 0.1))
