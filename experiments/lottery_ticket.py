@@ -79,6 +79,8 @@ class Config:
     """After these the controls are run, at the same kept shares."""
     rewind_step: int = 500
     """Of late rewinding, in updates."""
+    rewound: Literal["iterative", "one-shot"] = "iterative"
+    """Whether LeNet is rewound late in every round (a second sequence of rounds) or after one cut."""
     num_images: int = 50_000
     channels: int = 32
     image_epochs: int = 60
@@ -141,9 +143,9 @@ PRESETS: dict[str, Config] = {
         control_kept=(0.1,), image_rounds=0, image_compared_rounds=(), image_rewind_step=4,
     ),
     "cpu": Config(
-        seeds=3, image_seeds=2, num_train=10_000, epochs=16, rounds=10, compared_rounds=(7, 10), rewind_step=167,
-        num_images=5_000, channels=8, image_epochs=16, kept=(0.2, 0.1), control_kept=(0.1,), image_rounds=0,
-        image_compared_rounds=(), image_rewind_step=80,
+        seeds=3, image_seeds=2, num_train=10_000, epochs=8, rounds=10, compared_rounds=(7, 10), rewind_step=167,
+        rewound="one-shot", num_images=5_000, channels=8, image_epochs=10, kept=(0.2, 0.1), control_kept=(0.1,), image_rounds=0,
+        image_compared_rounds=(), image_rewind_step=40,
     ),
     "paper": Config(),
 }  # fmt: skip
@@ -165,6 +167,8 @@ def _lenet_cells(config: Config) -> dict[Cell, int]:
         kept = kept_after(done)
         found |= {Cell("lenet", "iterative", control, kept): done for control in ITERATIVE_CONTROLS}
         found |= {Cell("lenet", "one-shot", control, kept): 0 for control in ("ticket", "reinit", "random")}
+    if config.rewound == "one-shot":
+        return found | {Cell("lenet", "one-shot", "rewind", kept_after(done)): 0 for done in config.compared_rounds}
     for done in range(1, max(config.compared_rounds, default=0) + 1):
         found[Cell("lenet", "iterative", "rewind", kept_after(done))] = done
     return found

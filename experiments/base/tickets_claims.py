@@ -258,6 +258,8 @@ def shuffle_claim(found: Tickets, network: str, pruning: str) -> Claim:
 
 def rewind_claim(found: Tickets, network: str, pruning: str) -> Claim:
     """Needed by deeper networks (Frankle et al. 2020), not by LeNet."""
+    if not found.shares(network, pruning, "rewind"):
+        pruning = "one-shot"
     kept = found.nearest(network, pruning, TENTH, "rewind") or TENTH
     pair = found.cell(network, pruning, "rewind", kept), found.cell(network, pruning, "ticket", kept)
     text = f"Control, {NAMES[network]}, {pruning}: at {percent(kept)} late rewinding"

@@ -143,7 +143,7 @@ def test_a_scaled_protocol_shows_directions_at_best() -> None:
     assert found["cnn_init"][1] is Survives.NOT_TESTED  # no rounds for the CNN at this preset
     assert found["lenet_init"][1] is Survives.YES
     about = {claim.id: claim.note for claim in study.claims(rows, CPU)}
-    assert "scaled protocol (CNN(8), 5,000 images, 16 epochs)" in about["cnn_init"]
+    assert "scaled protocol (CNN(8), 5,000 images, 10 epochs)" in about["cnn_init"]
     smoke = study.PRESETS["smoke"]
     assert {verdict for verdict, _ in verdicts(synthetic(smoke, as_published), smoke).values()} == {
         Verdict.NOT_TESTABLE
@@ -172,14 +172,16 @@ def test_cells_and_units_are_the_protocols() -> None:
         *paper.TICKET_ACCURACY
     }
     units = study.expand(CPU)
-    assert len(units) == len({unit.level for unit in units}) == 3 * 31 + 2 * 7
+    assert len(units) == len({unit.level for unit in units}) == 3 * 23 + 2 * 7
     assert {unit.seed for unit in units if unit.network == "cnn"} == {0, 1}
     by = {(u.network, u.pruning, u.control, u.kept): u for u in units if u.seed == 0}
     rounds = by["lenet", "iterative", "ticket", kept_after(3)].level
     assert rounds.densities == (0.8, 0.64, 0.512) and rounds.rewind_step == 0 and rounds.held_out == 5000
-    assert rounds.recipe == Recipe(16, 60, 1.2e-3, schedule="constant", optimizer="adam")
-    late = by["lenet", "iterative", "rewind", kept_after(10)].level
-    assert (late.rewind_step, late.control, len(late.densities)) == (167, "ticket", 10)
+    assert rounds.recipe == Recipe(8, 60, 1.2e-3, schedule="constant", optimizer="adam")
+    late = by["lenet", "one-shot", "rewind", kept_after(10)].level
+    assert (late.rewind_step, late.control, late.densities) == (167, "ticket", (kept_after(10),))
+    rewound = {c: rounds for c, rounds in full.items() if (c.pruning, c.control) == ("iterative", "rewind")}
+    assert [rounds for c, rounds in rewound.items() if c.network == "lenet"] == [*range(1, 17)]
     cut = by["cnn", "one-shot", "reinit", 0.1].level
     assert (cut.densities, cut.control, cut.held_out) == ((0.1,), "reinit", 0) and cut.recipe.schedule == "cosine"
     assert by["cnn", "none", "ticket", 1.0].level.densities == ()
