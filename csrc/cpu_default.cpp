@@ -7,6 +7,7 @@
 #include "hvp/tangent_backward_cpu.h"
 #include "hvp/tangent_forward_cpu.h"
 #include "norms/multi_tensor_norms_cpu.h"
+#include "sparse_conv/strip_cpu.h"
 
 namespace curvlab::norms {
 using namespace CURVLAB_CPU_CAPABILITY;
@@ -17,3 +18,8 @@ namespace curvlab::hvp {
 using namespace CURVLAB_CPU_CAPABILITY;
 const CpuKernels kCpuKernelsDefault = CURVLAB_HVP_KERNELS;
 }  // namespace curvlab::hvp
+
+namespace curvlab::sparse_conv {
+using namespace CURVLAB_CPU_CAPABILITY;
+const CpuKernels kCpuKernelsDefault = CURVLAB_SPARSE_CONV_KERNELS;
+}  // namespace curvlab::sparse_conv

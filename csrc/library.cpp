@@ -34,6 +34,21 @@ TORCH_LIBRARY(curvlab, m) {
       "bool accumulate) -> ()");
   // hvp/: out = weight (diag p - p p^T) u
   m.def("softmax_hessian_product(Tensor p, Tensor label, Tensor weight, Tensor u, Tensor(a!) out) -> ()");
+  // sparse_conv/: out = w * x + bias, w zero but for `values` at the flat positions `indices` of weight_shape
+  m.def(
+      "masked_conv2d(Tensor x, Tensor values, Tensor indices, Tensor? bias, int[] weight_shape, int[] stride, "
+      "int[] padding, int[] dilation, int groups) -> Tensor");
+  // sparse_conv/: the derivative of <grad, w * x> by x, and by the values
+  m.def(
+      "masked_conv2d_input(Tensor grad, Tensor values, Tensor indices, SymInt[] input_size, int[] weight_shape, "
+      "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor");
+  m.def(
+      "masked_conv2d_weight(Tensor x, Tensor grad, Tensor indices, int[] weight_shape, int[] stride, int[] padding, "
+      "int[] dilation, int groups) -> Tensor");
+  // sparse_conv/: both of them
+  m.def(
+      "masked_conv2d_backward(Tensor x, Tensor grad, Tensor values, Tensor indices, int[] weight_shape, int[] stride, "
+      "int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)");
   // common/: the instruction set whose CPU kernels run
   m.def("cpu_capability() -> str");
 }

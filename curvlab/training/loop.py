@@ -91,13 +91,23 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 2048) 
 class PlainEngine:
     """Autograd and ``torch.optim``, one network after the other: any model, and the reference."""
 
-    def __init__(self, models: Sequence[nn.Module], data: Dataset, recipe: Recipe, *, seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        data: Dataset,
+        recipe: Recipe,
+        *,
+        seeds: Sequence[int],
+        start_step: int = 0,
+    ) -> None:
         self.name = "one-by-one"
         self.data, self.recipe = data, recipe
         self.states = [
             TrainState(model, list(model.parameters()), seed, index)
             for index, (model, seed) in enumerate(zip(models, seeds, strict=True))
         ]
+        for state in self.states:
+            state.step, state.epoch = start_step, start_step // recipe.steps_per_epoch(len(data.train_x))
         self.steps = [make_step(model, recipe) for model in models]
 
     def epoch(self, orders: Tensor, lr: float, on_step: Callable[[TrainState], None] | None) -> tuple[Tensor, Tensor]:
@@ -112,7 +122,10 @@ class PlainEngine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
         state.model.train()
-        for rows in order.split(self.recipe.batch_size):
+        # A network that starts within an epoch has these batches behind it; its running loss is of those that remain.
+        done = state.step - state.epoch * self.recipe.steps_per_epoch(len(x))
+        share = len(x) / (len(x) - done * self.recipe.batch_size)
+        for rows in order.split(self.recipe.batch_size)[done:]:
             labels = y[rows]
             loss, logits = update(x[rows], labels, lr)
             with torch.no_grad():
@@ -122,7 +135,7 @@ class PlainEngine:
             state.lr = lr
             if on_step is not None:
                 on_step(state)
-        return loss_sum, correct
+        return loss_sum * share, correct * share if done else correct
 
     def tensors(self) -> dict[str, Tensor]:
         """Model state, optimizer state, and the global random state (dropout draws from it)."""
@@ -155,6 +168,7 @@ def train(
     recipe: Recipe,
     *,
     seed: int,
+    start_step: int = 0,
     callbacks: Sequence[object] = (),
     checkpoint: CheckpointFile | None = None,
     progress: Progress | None = None,
@@ -166,17 +180,22 @@ def train(
         data: device-resident data set.
         recipe: epochs, batch size, learning rate, momentum, schedule.
         seed: names the order of the samples (stream "order"); the initial network is the caller's.
+        start_step: updates that the network has behind it (a rewound one): it goes on with the batches and rates that
+            follow them, its optimizer fresh.
         callbacks: objects with ``on_start``, ``on_step``, ``on_epoch``, ``on_end`` (each optional).
         checkpoint: where to save at epoch ends and resume from; a resumed run ends with the same bits.
         progress: called as ``progress(epochs_done, epochs)``.
 
     Raises:
         TypeError: a callback has none of the four methods; seed is not an int.
-        ValueError: model without parameters or on another device than the data, empty data, a negative seed, the
-            checkpoint of another run (recipe, seed, data, or initial network).
+        ValueError: model without parameters or on another device than the data, empty data, a negative seed, a start
+            beyond the recipe's last step, the checkpoint of another run (recipe, seed, data, or initial network).
     """
     check_inputs("train", [model], data, [seed])
-    engine = PlainEngine([model], data, recipe, seeds=[seed])
+    last = recipe.epochs * recipe.steps_per_epoch(len(data.train_x))
+    if isinstance(start_step, bool) or not isinstance(start_step, int) or not 0 <= start_step <= last:
+        raise ValueError(f"train: start_step must be an int in 0..{last}, the recipe's updates, got {start_step!r}")
+    engine = PlainEngine([model], data, recipe, seeds=[seed], start_step=start_step)
     result = drive(engine, data, recipe, callbacks=callbacks, checkpoint=checkpoint, progress=progress)
     return TrainResult(result.history, result.diverged[0], "plain", result.seconds)
 
@@ -223,6 +242,9 @@ def drive(
         # What may refuse stands inside: the engine holds the models' parameters, and only finish() gives them back.
         watchers = Callbacks(callbacks, states)
         generators = [seeding.generator(state.seed, "order") for state in states]
+        for state, order in zip(states, generators, strict=True):
+            for _ in range(state.epoch):  # the orders of the epochs before a late start
+                torch.randperm(len(data.train_x), generator=order)
         # Before on_start, where a callback may change the network, and before the checkpoint replaces it.
         identity = {} if checkpoint is None else _identity(engine, data, recipe)
         for state in states:
@@ -280,7 +302,9 @@ def _identity(engine: Engine, data: Dataset, recipe: Recipe) -> dict[str, Any]:
     another draw, go on from the checkpoint of a standard one.
     """
     models = [state.model for state in engine.states]
+    late = [state.step for state in engine.states if state.step]
     return {
+        **({"start_step": late} if late else {}),
         "engine": engine.name,
         "recipe": asdict(recipe),
         "seeds": [state.seed for state in engine.states],
@@ -297,11 +321,14 @@ def _identity(engine: Engine, data: Dataset, recipe: Recipe) -> dict[str, Any]:
 
 
 def _digest(model: nn.Module) -> str:
-    """Sha256 over the modules' names and classes and the bytes of all parameters, in the order of the model."""
+    """Sha256 over the modules' names and classes and the bytes of all parameters and masks, in the model's order."""
     digest = hashlib.sha256()
     for prefix, module in model.named_modules():
         digest.update(f"{prefix}:{type(module).__name__};".encode())
-        for name, param in module.named_parameters(recurse=False):
+        tensors = list(module.named_parameters(recurse=False))
+        if "indices" in module._buffers:  # where a sparse layer's values stand decides as much as what they are
+            tensors += [("indices", module.get_buffer("indices"))]  # type: ignore[list-item]
+        for name, param in tensors:
             digest.update(f"{name}{list(param.shape)}{param.dtype};".encode())
             # As bytes, because numpy has no bfloat16.
             digest.update(param.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

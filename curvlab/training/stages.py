@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -183,7 +183,7 @@ class Trained:
         if self.mark_epoch is None:
             return None
         model = copy.deepcopy(self.model)
-        _load_weights(model, self.run.path / "mark.safetensors", self.run.summary["mark_sha256"])
+        load_weights(model, self.run.path / "mark.safetensors", self.run.summary["mark_sha256"])
         return model
 
 
@@ -251,14 +251,10 @@ def _train(
         history, diverged = result.history, result.diverged
     path = run.path / "weights.safetensors"
     CheckpointFile(path).save(model.state_dict(), {"stage": run.name})
-    run.append(
-        {"epoch": row["epoch"], "step": row["step"], "metric": metric, "value": row[metric]}
-        for row in history
-        for metric in ("train_loss", "train_accuracy")
-    )
-    summary = {"diverged": diverged, "weights_sha256": _digest(path), "mark_epoch": marker.epoch}
+    run.append(history_rows(history))
+    summary = {"diverged": diverged, "weights_sha256": digest_of(path), "mark_epoch": marker.epoch}
     if marker.epoch is not None:
-        summary["mark_sha256"] = _digest(marker.path)
+        summary["mark_sha256"] = digest_of(marker.path)
     run.finish(summary, environment=environment)
 
 
@@ -285,14 +281,10 @@ class _Marker:
 def _load(run: Run, stage: TrainStage, data: Dataset, *, loaded: bool) -> Trained:
     done = run.done
     model = stage.network.build(data, stage.seed)
-    _load_weights(model, run.path / "weights.safetensors", done["summary"]["weights_sha256"])
-    lines: dict[int, dict[str, Any]] = {}
-    for row in run.rows():
-        line = lines.setdefault(row["epoch"], {"seed": stage.seed, "epoch": row["epoch"], "step": row["step"]})
-        line[row["metric"]] = row["value"]
+    load_weights(model, run.path / "weights.safetensors", done["summary"]["weights_sha256"])
     return Trained(
         model,
-        list(lines.values()),
+        history_of(run, stage.seed),
         done["summary"]["diverged"],
         min(done["wall_seconds"], done["cpu_seconds"]),
         loaded,
@@ -301,18 +293,29 @@ def _load(run: Run, stage: TrainStage, data: Dataset, *, loaded: bool) -> Traine
     )
 
 
-def _load_weights(model: nn.Module, path: Path, sha256: str) -> None:
-    try:
-        found = _digest(path)
-    except OSError as error:
-        raise RunStoreError(
-            f"train_or_load: {path} cannot be read ({error}); move its folder away and run again"
-        ) from error
-    if found != sha256:
-        raise RunStoreError(
-            f"train_or_load: {path} is not what done.json vouches for (sha256 {sha256[:12]}, now {found[:12]}): "
-            "it was edited or damaged; move its folder away and run again"
-        )
+def history_rows(history: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a training run as a store keeps them: one metric each."""
+    for row in history:
+        for metric in [name for name in row if name not in ("seed", "epoch", "step")]:
+            yield {"epoch": row["epoch"], "step": row["step"], "metric": metric, "value": row[metric]}
+
+
+def history_of(run: Run, seed: int) -> list[dict[str, Any]]:
+    """What :func:`history_rows` was given, from the store."""
+    lines: dict[int, dict[str, Any]] = {}
+    for row in run.rows():
+        line = lines.setdefault(row["epoch"], {"seed": seed, "epoch": row["epoch"], "step": row["step"]})
+        line[row["metric"]] = row["value"]
+    return list(lines.values())
+
+
+def load_weights(model: nn.Module, path: Path, sha256: str) -> None:
+    """Give ``model`` the state in ``path`` and leave it in eval mode.
+
+    Raises:
+        RunStoreError: the file cannot be read, or is not the one with this digest.
+    """
+    digest_of(path, sha256)
     loaded = CheckpointFile(path).load()
     assert loaded is not None  # its digest was just read
     weights: dict[str, Tensor] = loaded[0]
@@ -320,5 +323,21 @@ def _load_weights(model: nn.Module, path: Path, sha256: str) -> None:
     model.eval()
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest_of(path: Path, expected: str | None = None) -> str:
+    """Sha256 of a file's bytes.
+
+    Raises:
+        RunStoreError: a digest is expected, and the file cannot be read or has another.
+    """
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise RunStoreError(
+            f"train_or_load: {path} cannot be read ({error}); move its folder away and run again"
+        ) from error
+    if expected is not None and found != expected:
+        raise RunStoreError(
+            f"train_or_load: {path} is not what done.json vouches for (sha256 {expected[:12]}, now {found[:12]}): "
+            "it was edited or damaged; move its folder away and run again"
+        )
+    return found

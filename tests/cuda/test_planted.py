@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the verification itself: eleven faults planted in three kernels, and who must find each.
+"""Tests of the verification itself: fifteen faults planted in four kernels, and who must find each.
 
 A fault that "values" finds gives a wrong result under at least one order; "report" is a message with the source line.
 Faults 7, 8, 9 and 11 give right values on any sequential emulation: they are why the other levels exist. The kernels
 without a fault must pass everywhere. Fault numbers: 1 no barrier between write and read; 2 lanes skip a shuffle whose
 mask names them; 3 float4 loop one too far; 4 shared tile partly unwritten; 5 no barrier before a tile is
 overwritten; 6 early return before a barrier; 7 no fence before the ticket; 8 plain update of a global by many threads;
-9 misaligned float4; 10 write behind dynamic shared memory; 11 the fence comes after the ticket.
+9 misaligned float4; 10 write behind dynamic shared memory; 11 the fence comes after the ticket; 12 no wait for an
+asynchronous copy; 13 no barrier before one overwrites what others read; 14 no warp barrier before another lane's number
+is read; 15 an asynchronous copy from behind the row.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tests.cuda.harness import build
 
 ORDERS = {"forward": ("0", "0"), "reverse": ("1", "0"), "random 1": ("2", "1"), "random 2": ("2", "2")}
 RIGHT, WRONG_VALUES, STOPPED, SANITIZER = 0, 3, 4, 66
-FILES = {"row_normalize": (1, 2, 3, 9), "gram": (4, 5, 6), "ticket_sum": (7, 8, 10, 11)}
+FILES = {"row_normalize": (1, 2, 3, 9), "gram": (4, 5, 6), "ticket_sum": (7, 8, 10, 11), "window_sum": (12, 13, 14, 15)}
 
 
 def run(fault: int, order: str, sanitizer: str = "") -> subprocess.CompletedProcess[str]:
@@ -59,7 +61,7 @@ def test_no_fault_no_report(order: str) -> None:
     assert done.returncode == RIGHT, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("fault", [1, 3, 4, 5, 10])
+@pytest.mark.parametrize("fault", [1, 3, 4, 5, 10, 12, 13, 14, 15])
 def test_wrong_values_show_in_some_order(fault: int) -> None:
     assert WRONG_VALUES in {run(fault, order).returncode for order in ORDERS}
 
@@ -111,7 +113,13 @@ def test_no_fault_no_report_under_sanitizers(sanitizer: str, order: str) -> None
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("fault", "words"), [(3, "heap-buffer-overflow"), (9, "misaligned address"), (10, "heap-buffer-overflow")]
+    ("fault", "words"),
+    [
+        (3, "heap-buffer-overflow"),
+        (9, "misaligned address"),
+        (10, "heap-buffer-overflow"),
+        (15, "heap-buffer-overflow"),
+    ],
 )
 def test_asan_and_ubsan_name_bad_accesses(fault: int, words: str, order: str) -> None:
     assert_reported(run(fault, order, "address"), fault, SANITIZER, words)
@@ -119,7 +127,7 @@ def test_asan_and_ubsan_name_bad_accesses(fault: int, words: str, order: str) ->
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("fault", [1, 5, 7, 8, 11])
+@pytest.mark.parametrize("fault", [1, 5, 7, 8, 11, 13, 14])
 def test_tsan_names_races(fault: int, order: str) -> None:
     assert_reported(run(fault, order, "thread"), fault, SANITIZER, "data race")
 

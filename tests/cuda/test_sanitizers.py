@@ -42,6 +42,15 @@ def test_hvp_kernels_are_clean(sanitizer: str, order: str) -> None:
     run_clean(build.host_executable("hvp_main", sources, sanitizer), order, 3 * 8)
 
 
+@pytest.mark.parametrize(
+    ("sanitizer", "order"),
+    [("address", "forward"), ("address", "reverse"), ("address", "random"), ("thread", "random")],
+)
+def test_masked_convolution_kernels_are_clean(sanitizer: str, order: str) -> None:
+    sources = (*build.SPARSE_LAUNCHERS, build.HARNESS / "sparse_main.cpp")
+    run_clean(build.host_executable("sparse_main", sources, sanitizer), order, 3 * 5)
+
+
 def run_clean(program: Path, order: str, cases: int) -> None:
     environment = os.environ | build.SANITIZER_ENVIRONMENT
     done = subprocess.run([program, *ORDERS[order]], capture_output=True, text=True, env=environment, timeout=250)

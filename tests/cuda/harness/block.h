@@ -70,6 +70,7 @@ struct Thread {
   uint3 index{};
   State state = State::ready;
   Site site;
+  uint64_t async_block = 0;  // the block that its queue in async_copy.h belongs to
   unsigned lane() const { return linear & 31; }
   unsigned warp() const { return linear >> 5; }
 };
@@ -111,6 +112,7 @@ class Block {
   BarrierResult barrier_result{};
   Thread* current = nullptr;
   unsigned size = 0, live = 0;
+  uint64_t serial = 0;         // of the running block, counted from 1
   void* fence_view = nullptr;  // see ordering.h
   const void* observed[kObserved] = {};
   unsigned next_observed = 0;
@@ -201,6 +203,7 @@ class Block {
   template <class StackOf>
   void prepare(unsigned num_threads, StackOf stack) {
     size = live = num_threads;
+    ++serial;
     barrier_state = {};
     failure.clear();
     std::fill(std::begin(observed), std::end(observed), nullptr);

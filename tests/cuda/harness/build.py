@@ -31,7 +31,10 @@ NORMS_LAUNCHERS = (NORMS / "multi_tensor_norms_cuda.cu", NORMS / "filter_norms_c
 HVP = ROOT / "csrc" / "hvp"
 HVP_LAUNCHERS = tuple(HVP / f"{name}_cuda.cu" for name in ("tangent", "pool", "softmax_hessian", "activation_factors"))
 
-_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HVP, HARNESS, PLANTED)
+SPARSE = ROOT / "csrc" / "sparse_conv"
+SPARSE_LAUNCHERS = (SPARSE / "masked_conv2d_cuda.cu",)
+
+_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HVP, SPARSE, HARNESS, PLANTED)
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 _HOST_FLAGS = (
     "-std=c++20",
@@ -114,9 +117,13 @@ def host_library(name: str, sources: Iterable[Path]) -> Path:
     return _host_build(f"lib{name}.so", sources, flags)
 
 
-def host_executable(name: str, sources: Iterable[Path], sanitizer: str = "") -> Path:
-    """Executable of the host harness; ``sanitizer`` is "", "address" (with undefined behavior) or "thread"."""
-    return _host_build(f"{name}-{sanitizer or 'plain'}", sources, _SANITIZERS[sanitizer])
+def host_executable(name: str, sources: Iterable[Path], sanitizer: str = "", *, headers: Path | None = None) -> Path:
+    """Executable of the host harness; ``sanitizer`` is "", "address" (with undefined behavior) or "thread".
+
+    ``headers`` is a folder whose files go before those of ``csrc``; its name must change with what it holds.
+    """
+    first = () if headers is None else ("-iquote", str(headers))
+    return _host_build(f"{name}-{sanitizer or 'plain'}", sources, (*_SANITIZERS[sanitizer], *first))
 
 
 def _no_unique() -> tuple[str, ...]:
@@ -178,7 +185,9 @@ def _version(compiler: str) -> str:
 def _key(compiler: str, flags: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join([compiler, _version(compiler), *flags]).encode())
     for folder in _SOURCE_FOLDERS:
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in _SOURCE_SUFFIXES):
+        # csrc's .cpp files need torch: nothing here compiles them
+        suffixes = _SOURCE_SUFFIXES - {".cpp"} if folder.is_relative_to(ROOT / "csrc") else _SOURCE_SUFFIXES
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in suffixes):
             digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -14,16 +14,15 @@
 namespace simt {
 
 inline StackPool& stacks = *new StackPool;
-constexpr size_t kDynamicLimit = 48 * 1024;  // more needs cudaFuncSetAttribute, which no launcher here calls
 // TSan has 8128 slots: one for every CUDA thread of a launch, one for every block that calls a fence, and a few more.
 constexpr uint64_t kTsanThreadLimit = 7500;
 
-inline cudaError_t check_configuration(dim3 grid, dim3 threads, size_t dynamic_bytes) {
+inline cudaError_t check_configuration(const void* kernel, dim3 grid, dim3 threads, size_t dynamic_bytes) {
   const bool bad_grid = !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535;
   const uint64_t n = uint64_t(threads.x) * threads.y * threads.z;
   const bool bad_block = !n || n > 1024 || threads.x > 1024 || threads.y > 1024 || threads.z > 64;
   if (bad_grid || bad_block) return cudaErrorInvalidConfiguration;
-  return dynamic_bytes > kDynamicLimit ? cudaErrorInvalidValue : cudaSuccess;
+  return dynamic_bytes > dynamic_limit(kernel) ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 inline std::vector<uint64_t> block_order(uint64_t blocks, Random& random) {
@@ -108,7 +107,8 @@ inline void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes) {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 threads, size_t dynamic_bytes, cudaStream_t, Args&&... args) {
   if (block.current) block.fail("a kernel may not launch a kernel");
-  if (const cudaError_t e = check_configuration(grid, threads, dynamic_bytes); e != cudaSuccess) {
+  const void* address = reinterpret_cast<const void*>(kernel);
+  if (const cudaError_t e = check_configuration(address, grid, threads, dynamic_bytes); e != cudaSuccess) {
     last_error = e;
     return;
   }

@@ -2,6 +2,8 @@
 // The few runtime calls a launcher may make. A bad launch configuration sets the last error, as on a device; a fault
 // inside a kernel throws simt::Fault, which says more than an error code could.
 #pragma once
+#include <cstddef>
+#include <map>
 
 using cudaStream_t = struct CUstream_st*;
 
@@ -11,8 +13,26 @@ enum cudaError_t : int {
   cudaErrorInvalidConfiguration = 9,
 };
 
+enum cudaFuncAttribute : int { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
 namespace simt {
 inline cudaError_t last_error = cudaSuccess;
+
+constexpr size_t kDynamicLimit = 48 * 1024;    // without asking for more
+constexpr size_t kDynamicLargest = 99 * 1024;  // that every device of compute capability 8.0 on grants
+inline std::map<const void*, size_t>& dynamic_limits = *new std::map<const void*, size_t>;  // kernels that asked
+
+inline size_t dynamic_limit(const void* kernel) {
+  const auto found = dynamic_limits.find(kernel);
+  return found == dynamic_limits.end() ? kDynamicLimit : found->second;
+}
+}  // namespace simt
+
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > simt::kDynamicLargest) return simt::last_error = cudaErrorInvalidValue;
+  simt::dynamic_limits[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(bytes);
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaPeekAtLastError() { return simt::last_error; }

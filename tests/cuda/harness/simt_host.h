@@ -8,6 +8,7 @@
 //   ordering.h         what fences and atomics order between blocks
 //   shared_memory.h    poisoned and guarded arrays, fresh for every block
 //   launch.h           the grid; launch configuration errors
+//   async_copy.h       copies to shared memory that arrive at once or at their wait
 //   atomics.h device_math.h vector_types.h runtime_api.h qualifiers.h     CUDA's words
 //   sanitizers.h       what ASan and TSan are told
 //
@@ -15,13 +16,14 @@
 // whose mask is wrong, reads of unwritten shared memory (NaN); with ASan and UBSan accesses out of bounds and
 // misaligned; with TSan races within and between blocks.
 // Limits: blocks run one after another, so a block that waits for a later one hangs; no cooperative groups, textures,
-// tensor cores, asynchronous copies; relaxed atomics are stronger here than on a device; rounding is the host's.
+// tensor cores; relaxed atomics are stronger here than on a device; rounding is the host's.
 #pragma once
 #include "vector_types.h"
 // clang-format off
 #include "launch.h"
 #include "warp.h"
 #include "atomics.h"
+#include "async_copy.h"
 #include "device_math.h"
 #include "qualifiers.h"  // last: the standard library's headers must not see these macros
 // clang-format on

@@ -9,6 +9,7 @@
 #include "gram.cuh"
 #include "row_normalize.cuh"
 #include "ticket_sum.cuh"
+#include "window_sum.cuh"
 
 namespace {
 
@@ -69,10 +70,28 @@ bool ticket_sum(int blocks, int n) {
   return right;
 }
 
+template <int kFault>
+bool window_sum(int channels, int n) {
+  const std::vector<float> x = numbers(size_t(channels) * n);
+  std::vector<float> y(n, -7.0f);
+  CURVLAB_LAUNCH((planted::window_sum_kernel<kFault>), (n + planted::kPositions - 1) / planted::kPositions,
+                 planted::kPositions, 0, nullptr, x.data(), y.data(), channels, n);
+  bool right = true;
+  for (int i = 0; i < n; ++i) {
+    double sum = 0.0;
+    for (int c = 0; c < channels; ++c)
+      for (int d = -1; d <= 1; ++d)
+        if (i + d >= 0 && i + d < n) sum += x[c * n + i + d];
+    right &= close(y[i], sum);
+  }
+  return right;
+}
+
 bool run(int fault) {
   switch (fault) {
     case 0:
-      return row_normalize<0>(3, 260) && row_normalize<0>(2, 257) && gram<0>(21, 35) && ticket_sum<0>(5, 1003);
+      return row_normalize<0>(3, 260) && row_normalize<0>(2, 257) && gram<0>(21, 35) && ticket_sum<0>(5, 1003) &&
+             window_sum<0>(5, 150);
     case 1:
       return row_normalize<1>(3, 260);
     case 2:
@@ -95,6 +114,14 @@ bool run(int fault) {
       return ticket_sum<10>(5, 1003);
     case 11:
       return ticket_sum<11>(5, 1003);
+    case 12:
+      return window_sum<12>(5, 150);
+    case 13:
+      return window_sum<13>(5, 150);
+    case 14:
+      return window_sum<14>(5, 150);
+    case 15:
+      return window_sum<15>(5, 150);
   }
   std::fprintf(stderr, "no fault %d\n", fault);
   return false;

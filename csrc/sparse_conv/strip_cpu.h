@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// One strip: results of a pass, and the weight gradient. Included by cpu_<isa>.cpp only.
+#pragma once
+
+#include <cstdint>
+
+#include "sparse_conv/cpu_kernels.h"
+#include "sparse_conv/pack_cpu.h"
+#include "sparse_conv/strip.h"
+#include "sparse_conv/tiles_cpu.h"
+
+namespace curvlab::sparse_conv::CURVLAB_CPU_CAPABILITY {
+
+// Tile shapes: whole result lines first (1 x 16 for wide planes: 1 x 8, 3 x 8 and 4 x 6 lost 10-55 %), then rows.
+struct TileShape {
+  std::int64_t rows, columns;
+};
+
+static TileShape tile_shape(std::int64_t columns) {
+  const std::int64_t tiles = (columns + kTile - 1) / kTile;
+  const std::int64_t width = larger_of((columns + tiles - 1) / tiles, 1);
+  return {larger_of(smaller_of(kTile / width, kMaxTileRows), 1), width};
+}
+
+// acc [rows][columns][lanes] of one destination channel -> the result.
+template <class scalar_t>
+static void unpack_tile(const StripPass& pass, const StripTask& task, std::int64_t channel, std::int64_t t,
+                        std::int64_t u, std::int64_t rows, std::int64_t columns, const scalar_t* acc) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const PlaneView& dest = pass.dest;
+  scalar_t* to = static_cast<scalar_t*>(dest.data) + task.first_image * dest.image_stride +
+                 channel * dest.channel_stride + (pass.first_row + t * pass.row_step) * dest.row_stride +
+                 (pass.first_column + u * pass.column_step) * dest.column_stride;
+  if (pass.column_step == 1 && columns == dest.row_stride && pass.row_step == 1) {
+    unpack_run(acc, rows * columns, to, dest.image_stride, task.images, pass.stream);
+    return;
+  }
+  for (std::int64_t r = 0; r < rows; ++r, acc += columns * kWidth, to += pass.row_step * dest.row_stride) {
+    if (pass.column_step == 1) {
+      unpack_run(acc, columns, to, dest.image_stride, task.images, pass.stream);
+      continue;
+    }
+    for (std::int64_t i = 0; i < task.images; ++i) {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        to[i * dest.image_stride + c * pass.column_step] = acc[c * kWidth + i];
+      }
+    }
+  }
+}
+
+// Every destination channel of one tile.
+template <class scalar_t>
+static void correlate_channels(const StripPass& pass, const StripTask& task, const scalar_t* x, std::int64_t row_pitch,
+                               std::int64_t t, std::int64_t u, std::int64_t rows, std::int64_t columns, scalar_t* acc) {
+  const EntryList& list = pass.list;
+  const auto correlate = TileTables<scalar_t>::correlate[rows - 1][columns - 1];
+  const scalar_t* values = static_cast<const scalar_t*>(pass.values);
+  const scalar_t* bias = static_cast<const scalar_t*>(pass.bias);
+  const std::int64_t acc_pitch = list.blocks == 1 ? 0 : kTile * Vectors<scalar_t>::kWidth;
+  for (std::int32_t block = 0; block < list.blocks; ++block) {
+    const bool last = block + 1 == list.blocks;
+    const Segment* end = list.segments + list.block_begin[block + 1];
+    for (const Segment* segment = list.segments + list.block_begin[block]; segment < end; ++segment) {
+      scalar_t* sums = acc + segment->dest * acc_pitch;
+      correlate(x, row_pitch, list.offsets + segment->begin, values + segment->begin, segment->count, block > 0,
+                bias == nullptr ? scalar_t{0} : bias[segment->dest], sums);
+      if (last) unpack_tile(pass, task, segment->dest, t, u, rows, columns, sums);
+    }
+  }
+}
+
+template <class scalar_t>
+static void run_pass(const StripPass& pass, const StripLayout& layout, const StripTask& task, const scalar_t* packed,
+                     scalar_t* acc) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const TileShape shape = tile_shape(pass.columns);
+  const std::int64_t row_pitch = layout.row_step * layout.row_pitch;
+  const std::int64_t end = smaller_of(task.t + task.tile_rows, pass.rows);
+  for (std::int64_t t = task.t; t < end; t += shape.rows) {
+    for (std::int64_t u = 0; u < pass.columns; u += shape.columns) {
+      correlate_channels(pass, task, packed + (t - task.t) * row_pitch + u * kWidth, row_pitch, t, u,
+                         smaller_of(shape.rows, end - t), smaller_of(shape.columns, pass.columns - u), acc);
+    }
+  }
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512) || defined(CURVLAB_CPU_CAPABILITY_AVX2)
+  if (pass.stream) _mm_sfence();  // streaming stores are ordered by nothing else
+#endif
+}
+
+template <class scalar_t>
+static void run_dot(const StripDot& dot, const StripLayout& layout, const StripLayout& grad_layout,
+                    const StripTask& task, const scalar_t* packed, const scalar_t* packed_grad) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const TileShape shape = tile_shape(dot.columns);
+  const EntryList& list = dot.list;
+  const std::int64_t row_pitch = layout.row_step * layout.row_pitch;
+  const std::int64_t end = smaller_of(task.t + task.tile_rows, dot.rows);
+  scalar_t* sums = static_cast<scalar_t*>(dot.sums);
+  // the gradient's own origin (t = u = 0) inside its strip, which reaches further for the input gradient
+  const scalar_t* origin =
+      packed_grad - grad_layout.first_row * grad_layout.row_pitch - grad_layout.first_column * kWidth;
+  for (std::int64_t t = task.t; t < end; t += shape.rows) {
+    for (std::int64_t u = 0; u < dot.columns; u += shape.columns) {
+      const std::int64_t rows = smaller_of(shape.rows, end - t), columns = smaller_of(shape.columns, dot.columns - u);
+      const auto function = TileTables<scalar_t>::dot[rows - 1][columns - 1];
+      const scalar_t* x = packed + (t - task.t) * row_pitch + u * kWidth;
+      const scalar_t* grad = origin + (t - task.t) * grad_layout.row_pitch + u * kWidth;
+      for (const Segment* segment = list.segments; segment < list.segments + list.block_begin[list.blocks]; ++segment) {
+        if (segment->count == 0) continue;
+        function(x, row_pitch, grad + segment->dest * grad_layout.channel_pitch, grad_layout.row_pitch,
+                 list.offsets + segment->begin, segment->count, sums + segment->begin);
+      }
+    }
+  }
+}
+
+template <class scalar_t>
+static void forward_strip(const StripTask& task, const StripWork& work, void* scratch) {
+  scalar_t* acc = static_cast<scalar_t*>(scratch);
+  scalar_t* packed = acc + work.acc_size;
+  pack_strip(work.x, work.x_layout, task.first_image, task.images, task.t, task.tile_rows, packed);
+  for (std::int64_t p = 0; p < work.passes; ++p) run_pass(work.pass[p], work.x_layout, task, packed, acc);
+}
+
+// Input gradient (its passes) and weight gradient (where `dot` is given), which share the packed gradient.
+template <class scalar_t>
+static void backward_strip(const StripTask& task, const StripWork& work, const StripDot* dot, void* scratch) {
+  scalar_t* acc = static_cast<scalar_t*>(scratch);
+  scalar_t* packed_grad = acc + work.acc_size;
+  pack_strip(work.grad, work.grad_layout, task.first_image, task.images, task.t, task.tile_rows, packed_grad);
+  for (std::int64_t p = 0; p < work.passes; ++p) run_pass(work.pass[p], work.grad_layout, task, packed_grad, acc);
+  if (dot == nullptr || task.t >= dot->rows) return;
+  scalar_t* packed = packed_grad + work.grad_size;
+  pack_strip(work.x, work.x_layout, task.first_image, task.images, task.t, task.tile_rows, packed);
+  run_dot(*dot, work.x_layout, work.grad_layout, task, packed, packed_grad);
+}
+
+#define CURVLAB_STRIP_TYPES(kernel) {kernel<float>, kernel<double>}
+#define CURVLAB_SPARSE_CONV_KERNELS                   \
+  {{Vectors<float>::kWidth, Vectors<double>::kWidth}, \
+   kTile,                                             \
+   CURVLAB_STRIP_TYPES(forward_strip),                \
+   CURVLAB_STRIP_TYPES(backward_strip)}
+
+}  // namespace curvlab::sparse_conv::CURVLAB_CPU_CAPABILITY

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sparse_conv/strip_run.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "sparse_conv/cpu_kernels.h"
+#include "sparse_conv/plan_cache.h"
+#include "sparse_conv/scratch.h"
+
+namespace curvlab::sparse_conv {
+namespace {
+
+constexpr std::int64_t kStripBytes = 1536 * 1024;  // packed sources of a strip: most of a 2 MB L2 cache
+constexpr std::int64_t kStreamBytes = 4 << 20;     // larger results bypass the caches
+constexpr std::int64_t kPartials = 8;              // of the weight gradient
+
+int type_index(at::ScalarType type) { return type == at::kDouble ? 1 : 0; }
+
+PlanTarget target_of(at::ScalarType type) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int index = type_index(type);
+  return {kernels.lanes[index], kernels.tile, index == 1 ? 8 : 4};
+}
+
+PlaneView view_of(const at::Tensor& tensor) {
+  return {const_cast<void*>(tensor.const_data_ptr()),
+          tensor.size(0),
+          tensor.size(1),
+          tensor.size(2),
+          tensor.size(3),
+          tensor.stride(0),
+          tensor.stride(1),
+          tensor.stride(2),
+          tensor.stride(3)};
+}
+
+void check_positions(const char* op, const at::Tensor& indices, std::int64_t elements) {
+  const std::int64_t* index = indices.const_data_ptr<std::int64_t>();
+  std::int64_t last = -1;
+  for (std::int64_t k = 0; k < indices.numel(); ++k) {
+    TORCH_CHECK_VALUE(index[k] > last && index[k] < elements, op,
+                      ": indices must be strictly increasing positions below ", elements, " (of weight_shape), got ",
+                      index[k], " at [", k, "]", k == 0 ? "" : " after ", k == 0 ? "" : std::to_string(last));
+    last = index[k];
+  }
+}
+
+// Values in the order of a list.
+template <class scalar_t>
+void gather(const OwnedList& list, const scalar_t* values, scalar_t* to) {
+  const std::size_t count = list.gather.size();
+  for (std::size_t k = 0; k < count; ++k) to[k] = values[list.gather[k]];
+}
+
+// Keeps what it gathers alive.
+class OrderedValues {
+ public:
+  explicit OrderedValues(const at::Tensor& values) : values_(values.contiguous()) {}
+
+  const void* of(const OwnedList& list) {
+    if (list.in_order) return values_.const_data_ptr();
+    gathered_.push_back(at::empty({static_cast<std::int64_t>(list.gather.size())}, values_.options()));
+    const at::Tensor& to = gathered_.back();
+    if (values_.scalar_type() == at::kDouble) {
+      gather(list, values_.const_data_ptr<double>(), to.mutable_data_ptr<double>());
+    } else {
+      gather(list, values_.const_data_ptr<float>(), to.mutable_data_ptr<float>());
+    }
+    return to.const_data_ptr();
+  }
+
+ private:
+  at::Tensor values_;
+  std::vector<at::Tensor> gathered_;
+};
+
+// How a batch is cut into strips.
+struct Cut {
+  std::int64_t images, lanes, blocks, strips, strip_rows;
+
+  Cut(std::int64_t images, std::int64_t rows, std::int64_t bytes_per_row, std::int64_t lanes, std::int64_t tile_rows)
+      : images(images), lanes(lanes), blocks((images + lanes - 1) / lanes) {
+    std::int64_t limit = kStripBytes;
+    if (const char* e = std::getenv("S1_STRIP")) limit = std::atoi(e) * 1024;
+    const std::int64_t most = std::max(limit / std::max<std::int64_t>(bytes_per_row, 1), tile_rows);
+    strips = (rows + most - 1) / most;
+    strip_rows = (rows + strips - 1) / strips;
+    strip_rows = (strip_rows + tile_rows - 1) / tile_rows * tile_rows;
+    strips = (rows + strip_rows - 1) / strip_rows;
+  }
+
+  std::int64_t units() const { return blocks * strips; }
+  StripTask task(std::int64_t unit) const {
+    const std::int64_t first = unit / strips * lanes;
+    return {first, std::min(lanes, images - first), unit % strips * strip_rows, strip_rows};
+  }
+};
+
+std::int64_t tile_rows_of(std::int64_t columns, std::int64_t tile) {
+  const std::int64_t tiles = std::max<std::int64_t>((columns + tile - 1) / tile, 1);
+  return std::clamp<std::int64_t>(tile / std::max<std::int64_t>((columns + tiles - 1) / tiles, 1), 1, 4);
+}
+
+std::int64_t acc_size(std::int64_t channels, const CpuKernels& kernels, int type) {
+  const std::int64_t lanes = kernels.lanes[type];
+  return std::max<std::int64_t>(channels, 1) * kernels.tile * lanes + lanes * lanes;
+}
+
+template <class scalar_t>
+void add_partials(const OwnedList& list, const at::Tensor& partials, const at::Tensor& gv) {
+  const std::int64_t count = partials.size(0), entries = partials.size(1);
+  const scalar_t* sums = partials.const_data_ptr<scalar_t>();
+  scalar_t* to = gv.mutable_data_ptr<scalar_t>();
+  for (std::int64_t k = 0; k < entries; ++k) {
+    scalar_t sum = 0;
+    for (std::int64_t p = 0; p < count; ++p) sum += sums[p * entries + k];
+    to[list.gather[static_cast<std::size_t>(k)]] = sum;
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& weight,
+                                         std::int64_t height, std::int64_t width, at::ScalarType type) {
+  static PlanCache<CpuPlan> cache;
+  const PlanTarget target = target_of(type);
+  if (!plan_fits(weight, height, width, indices.numel(), target)) return nullptr;
+  const PlanKey key{weight.channels_out,
+                    weight.channels_in_group,
+                    weight.kernel[0],
+                    weight.kernel[1],
+                    weight.stride[0],
+                    weight.stride[1],
+                    weight.padding[0],
+                    weight.padding[1],
+                    weight.dilation[0],
+                    weight.dilation[1],
+                    weight.groups,
+                    height,
+                    width,
+                    type_index(type)};
+  return cache.get(indices, key, [&] {
+    const at::Tensor positions = indices.contiguous();
+    check_positions(op, positions, weight.elements());
+    return make_plan(weight, height, width, positions.const_data_ptr<std::int64_t>(), positions.numel(), target);
+  });
+}
+
+void run_forward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& values, const at::Tensor& bias,
+                 const at::Tensor& out) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int type = type_index(x.scalar_type());
+  const std::int64_t element = x.element_size();
+  OrderedValues ordered(values);
+  const at::Tensor bias_row = bias.defined() ? bias.contiguous() : bias;
+  const StripPass pass{plan.forward.view(),
+                       ordered.of(plan.forward),
+                       bias_row.defined() ? bias_row.const_data_ptr() : nullptr,
+                       view_of(out),
+                       0,
+                       0,
+                       1,
+                       1,
+                       plan.out_height,
+                       plan.out_width,
+                       out.numel() * element > kStreamBytes};
+  StripWork work{};
+  work.x = view_of(x);
+  work.x_layout = plan.x_layout;
+  work.pass = &pass;
+  work.passes = 1;
+  work.acc_size = acc_size(plan.weight.channels_out, kernels, type);
+  const Cut cut(x.size(0), plan.out_height, plan.x_layout.row_pitch * plan.x_layout.row_step * element,
+                kernels.lanes[type], tile_rows_of(plan.out_width, kernels.tile));
+  const std::int64_t elements = work.acc_size + plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch;
+  at::parallel_for(0, cut.units(), 1, [&](std::int64_t begin, std::int64_t end) {
+    void* scratch = Scratch::of_this_thread().get(static_cast<std::size_t>(elements * element));
+    for (std::int64_t unit = begin; unit < end; ++unit) kernels.forward[type](cut.task(unit), work, scratch);
+  });
+}
+
+void run_backward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& grad, const at::Tensor& values,
+                  const at::Tensor& gx, const at::Tensor& gv) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int type = type_index(grad.scalar_type());
+  const std::int64_t element = grad.element_size();
+  std::vector<StripPass> passes;
+  std::optional<OrderedValues> ordered;
+  if (gx.defined()) {
+    ordered.emplace(values);
+    for (const InputPass& pass : plan.input) {
+      passes.push_back({pass.list.view(), ordered->of(pass.list), nullptr, view_of(gx), pass.first_row,
+                        pass.first_column, plan.weight.stride[0], plan.weight.stride[1], pass.rows, pass.columns,
+                        gx.numel() * element > kStreamBytes});
+    }
+  }
+  StripWork work{};
+  work.grad = view_of(grad);
+  work.grad_layout = plan.grad_layout;
+  if (gv.defined()) work.x = view_of(x);
+  work.x_layout = plan.x_layout;
+  work.pass = passes.data();
+  work.passes = static_cast<std::int64_t>(passes.size());
+  work.acc_size = acc_size(plan.weight.channels_in(), kernels, type);
+  const std::int64_t x_row = gv.defined() ? plan.x_layout.row_pitch * plan.x_layout.row_step : 0;
+  const Cut cut(grad.size(0), gx.defined() ? plan.grad_rows : plan.out_height,
+                (plan.grad_layout.row_pitch + x_row) * element, kernels.lanes[type],
+                tile_rows_of(plan.out_width, kernels.tile));
+  work.grad_size = plan.grad_layout.rows(cut.strip_rows) * plan.grad_layout.row_pitch;
+  const std::int64_t x_size = gv.defined() ? plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch : 0;
+  const std::size_t bytes = static_cast<std::size_t>((work.acc_size + work.grad_size + x_size) * element);
+  const std::int64_t units = cut.units(), partials = std::min(units, kPartials);
+  at::Tensor sums;
+  if (gv.defined()) sums = at::zeros({partials, plan.entries}, grad.options());
+  at::parallel_for(0, partials, 1, [&](std::int64_t begin, std::int64_t end) {
+    void* scratch = Scratch::of_this_thread().get(bytes);
+    for (std::int64_t p = begin; p < end; ++p) {
+      StripDot dot{plan.forward.view(), nullptr, plan.out_height, plan.out_width};
+      if (gv.defined()) dot.sums = static_cast<char*>(sums.mutable_data_ptr()) + p * plan.entries * element;
+      for (std::int64_t unit = units * p / partials; unit < units * (p + 1) / partials; ++unit) {
+        kernels.backward[type](cut.task(unit), work, gv.defined() ? &dot : nullptr, scratch);
+      }
+    }
+  });
+  if (!gv.defined()) return;
+  if (type == 1) {
+    add_partials<double>(plan.forward, sums, gv);
+  } else {
+    add_partials<float>(plan.forward, sums, gv);
+  }
+}
+
+}  // namespace curvlab::sparse_conv

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and figures of the lottery-ticket study."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from curvlab.runs import figures as draw
+from curvlab.runs.tables import Table
+from experiments.base.rows import finals
+from experiments.base.settings import Gap, gap_table, geometric, interval, mean, values
+from experiments.base.tickets import Cell, decode_counts, dense
+from experiments.base.tickets_claims import NAMES, Tickets, layer_shares, published, step_times, time_ratio
+
+STEP_ASIDE = 1.03  # factor between the arms' abscissas, that they do not hide each other
+DOTS = "Dots: seeds; markers: means with 95 % t intervals."
+CONVOLUTIONS = tuple(f"features.{place}.weight" for place in (0, 3, 7, 10, 14, 17))
+LAYERS = {
+    "lenet": ("1.weight", "3.weight", "5.weight"),
+    "cnn": (*CONVOLUTIONS, "classifier.1.weight", "classifier.3.weight"),
+}
+LAYER_NAMES = {
+    "lenet": ("784 → 300", "300 → 100", "100 → 10"),
+    "cnn": ("conv 1", "conv 2", "conv 3", "conv 4", "conv 5", "conv 6", "fc 1", "fc 2"),
+}
+
+
+def present(found: Tickets) -> list[str]:
+    """Networks that have rows."""
+    return [network for network in ("lenet", "cnn") if any(row.get("network") == network for row in found.rows)]
+
+
+def arms_of(found: Tickets, network: str) -> list[tuple[str, str]]:
+    """The arms of a network, in the order of tables and legends; dense is none of them."""
+    cells = [cell for cell in found.cells if cell.network == network and cell.pruning != "none"]
+    order = {"one-shot": 0, "iterative": 1}
+    return sorted({(c.pruning, c.control): None for c in cells}, key=lambda arm: order[arm[0]])
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def ticket_tables(found: Tickets) -> list[Table]:
+    """Accuracy; gaps; masks by layer; time a step."""
+    layers = [table for network in present(found) for table in layer_tables(found, network)]
+    return [accuracy_table(found), ticket_gaps(found), *layers, time_table(found)]
+
+
+def _ordered(found: Tickets) -> list[Cell]:
+    cells: list[Cell] = []
+    for network in present(found):
+        cells.append(dense(network))
+        for pruning, control in arms_of(found, network):
+            shares = found.shares(network, pruning, control)
+            cells += [cell for kept in shares if (cell := found.cell(network, pruning, control, kept)) is not None]
+    return cells
+
+
+def accuracy_table(found: Tickets) -> Table:
+    """One row a cell."""
+    lines: list[list[Any]] = []
+    for cell in _ordered(found):
+        tested = values(found.rows, "test_accuracy", cell.where)
+        papers = published(cell.kept) if cell.network == "cnn" and cell.control == "ticket" else None
+        if cell.pruning == "iterative":
+            papers = None
+        lines.append([
+            NAMES[cell.network], cell.arm, round(100 * cell.kept, 2), None if papers is None else round(papers, 2),
+            mean(found.rows, "test_accuracy", cell.where, factor=100),
+            100 * statistics.stdev(tested) if len(tested) > 1 else None,
+            interval(found.gap(cell, dense(cell.network))) if cell.pruning != "none" else None,
+            mean(found.rows, "train_accuracy", cell.where, factor=100),
+            geometric(found.rows, "fit_loss", cell.where),
+            mean(found.rows, "early_stop_step", cell.where),
+            int(sum(values(found.rows, "diverged", cell.where))),
+            round(found.seconds(cell), 1),
+        ])  # fmt: skip
+    columns = ["network", "arm", "kept %", "paper %", "test %", "SD", "minus dense", "train %", "train loss",
+               "early stop", "diverged", "time s"]  # fmt: skip
+    caption = (
+        "Last epoch; means over seeds with 95 % t intervals, SD of the sample. Minus dense: points over common seeds, "
+        "with the noise of seeds and of test images. Train %: the running accuracy of the last epoch; train loss: eval "
+        "mode, geometric mean. Early stop: updates to the least held-out loss. Time: training and measuring, all "
+        "seeds. The paper's numbers: CNN(32), 50,000 images, 60 epochs."
+    )
+    return Table("Accuracy by kept share", columns, lines, caption)
+
+
+def ticket_gaps(found: Tickets) -> Table:
+    """What each control takes from its ticket, and rounds against one cut."""
+    gaps: dict[tuple[str, ...], Gap] = {}
+    for cell in _ordered(found):
+        name = NAMES[cell.network]
+        ticket = found.cell(cell.network, cell.pruning, "ticket", cell.kept)
+        if cell.control != "ticket" and (one := found.gap(ticket, cell)) is not None:
+            gaps[name, f"{cell.pruning}: ticket − {cell.arm.split(', ')[1]}", f"{100 * cell.kept:.3g}"] = one
+        if (cell.pruning, cell.control) == ("iterative", "ticket"):
+            once = found.cell(cell.network, "one-shot", "ticket", cell.kept)
+            if (one := found.gap(cell, once)) is not None:
+                gaps[name, "iterative − one-shot", f"{100 * cell.kept:.3g}"] = one
+    return gap_table(gaps, ["network", "difference", "kept %"], "What the controls take away")
+
+
+def layer_tables(found: Tickets, network: str) -> list[Table]:
+    """Kept shares by layer of the tickets, means over seeds; one table a way to prune, and the random masks."""
+    tables = []
+    for pruning, control in (("one-shot", "ticket"), ("iterative", "ticket"), ("one-shot", "random")):
+        shares = found.shares(network, pruning, control)
+        cells = [cell for kept in shares if (cell := found.cell(network, pruning, control, kept)) is not None]
+        by_cell = [layer_shares(found, cell) for cell in cells]
+        if not cells or not any(by_cell):
+            continue
+        lines = [
+            [label, *(_mean_of(of.get(layer, {})) for of in by_cell)]
+            for layer, label in zip(LAYERS[network], LAYER_NAMES[network], strict=True)
+        ]
+        title = f"Kept by layer, {NAMES[network]}, {cells[0].arm}"
+        columns = ["layer", *(f"{100 * cell.kept:.3g} %" for cell in cells)]
+        tables.append(Table(title, columns, lines, "Percent of each layer's weights; means over seeds."))
+    return tables
+
+
+def _mean_of(of: dict[int, float]) -> float | None:
+    return round(100 * statistics.mean(of.values()), 1) if of else None
+
+
+def time_table(found: Tickets) -> Table:
+    """Time a step by engine, and what a whole training saves."""
+    lines = []
+    for cell in _ordered(found):
+        times = step_times(found, cell)
+        medians = {engine: statistics.median(of.values()) for engine, of in times.items() if of}
+        if "sparse" not in medians:
+            continue
+        steps = statistics.median(values(found.rows, "updates", cell.where))
+        saved = steps * (medians["masked dense"] - medians["sparse"])
+        lines.append([
+            NAMES[cell.network], cell.arm, round(100 * cell.kept, 2),
+            *(1e3 * medians[engine] for engine in ("sparse", "masked dense", "dense")),
+            time_ratio(found, cell), round(saved, 1),
+        ])  # fmt: skip
+    columns = ["network", "arm", "kept %", "sparse ms", "masked dense ms", "dense ms", "masked / sparse", "saved s"]
+    caption = (
+        "One training step (forward, backward, update) of one batch on this machine, beside the run: medians of "
+        "alternating calls, then over seeds; the ratio with a 95 % interval over the seeds' masks. Masked dense: dense "
+        "weights, channels-last, gradients multiplied by the mask. Saved: what the whole training of one network takes "
+        "less than with masked dense weights; below 0 it takes longer."
+    )
+    return Table("Time of a training step", columns, lines, caption)
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def ticket_figures(found: Tickets) -> list[draw.Figure]:
+    """Accuracy, masks by layer, masks by pixel, early stop and time."""
+    networks = present(found)
+    if not networks:
+        return []
+    papers = " Hollow diamonds: the paper." if found.as_written and "cnn" in networks else ""
+    figures = [
+        draw.Figure("accuracy", "Test accuracy against the share of weights kept",
+                    f"{DOTS}{papers} Arms of one share stand side by side around it; dotted line: the dense network.",
+                    accuracy_figure(found, networks)),
+        draw.Figure("layers", "What one global threshold keeps of each layer",
+                    "Kept share of each layer against that of all weights, tickets; means over seeds. Dotted line: the "
+                    "same share of all.", layers_figure(found, networks)),
+    ]  # fmt: skip
+    if "lenet" in networks:
+        figures += pixel_figures(found)
+        figures.append(draw.Figure("early_stop", "When LeNet stops, and what a training step takes",
+                                   f"{DOTS} Left: updates to the least held-out loss (geometric means). Right: the "
+                                   "time of masked dense training over that on sparse layers, tickets; above the "
+                                   "dotted line sparse layers are faster.",
+                                   early_stop_figure(found, networks)))  # fmt: skip
+    return figures
+
+
+def accuracy_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigure:
+    """One panel a network."""
+    figure, panels = draw.new_figure(1, len(networks), size=(6.3 * len(networks), 4.4))
+    for axes, network in zip(panels, networks, strict=True):
+        arms = arms_of(found, network)
+        for series, (pruning, control) in enumerate(arms):
+            aside = STEP_ASIDE ** (series - (len(arms) - 1) / 2)
+            groups = {}
+            for kept in found.shares(network, pruning, control):
+                cell = found.cell(network, pruning, control, kept)
+                if cell is not None and (tested := values(found.rows, "test_accuracy", cell.where)):
+                    groups[100 * kept * aside] = [100 * value for value in tested]
+                    label = cell.arm
+            if groups:
+                draw.plot_groups(axes, groups, series=series, label=label)
+        ticks = _kept_axis(axes, found, network)
+        base = mean(found.rows, "test_accuracy", dense(network).where, factor=100)
+        if base is not None:
+            draw.plot_guide(axes, [min(ticks), 100], [base.value, base.value], label="dense")
+        if network == "cnn" and found.as_written:
+            shares = [kept for kept in (1.0, *found.shares("cnn", "one-shot")) if published(kept) is not None]
+            draw.plot_published(axes, [100 * kept for kept in shares], [published(kept) or 0.0 for kept in shares],
+                                label="paper")  # fmt: skip
+        draw.set_axes(axes, title=NAMES[network], xlabel="weights kept (%)", ylabel="test accuracy (%)", log_x=True,
+                      x_ticks=ticks)  # fmt: skip
+        axes.invert_xaxis()
+        draw.add_legend(axes, loc="lower left")
+    return figure
+
+
+def _kept_axis(axes: Axes, found: Tickets, network: str) -> list[float]:
+    """Ticks at the shares that were run, at least a factor 1.35 apart."""
+    shares = sorted({100 * cell.kept for cell in found.cells if cell.network == network})
+    kept: list[float] = []
+    for share in shares:
+        if not kept or share >= 1.35 * kept[-1]:
+            kept.append(float(f"{share:.3g}"))
+    axes.margins(x=0.06)
+    return kept
+
+
+def layers_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigure:
+    """Lines of layers; one panel a network."""
+    figure, panels = draw.new_figure(1, len(networks), size=(5.2 * len(networks), 4.0))
+    for axes, network in zip(panels, networks, strict=True):
+        pruning = "iterative" if network == "lenet" else "one-shot"
+        shares = found.shares(network, pruning)
+        by_share = {
+            kept: layer_shares(found, cell)
+            for kept in shares
+            if (cell := found.cell(network, pruning, "ticket", kept)) is not None
+        }
+        for series, (layer, label) in enumerate(zip(LAYERS[network], LAYER_NAMES[network], strict=True)):
+            line = {100 * kept: list(of[layer].values()) for kept, of in by_share.items() if of.get(layer)}
+            if line:
+                means = {x: [100 * statistics.mean(ys)] for x, ys in line.items()}
+                draw.plot_groups(axes, means, series=series, label=label)
+        ticks = _kept_axis(axes, found, network)
+        draw.plot_guide(axes, [min(ticks), 100], [min(ticks), 100])
+        draw.set_axes(axes, title=f"{NAMES[network]}, {pruning}", xlabel="all weights kept (%)",
+                      ylabel="the layer's weights kept (%)", log_x=True, log_y=True, x_ticks=ticks)  # fmt: skip
+        axes.invert_xaxis()
+        draw.add_legend(axes, loc="lower left", ncols=2)
+    return figure
+
+
+def pixel_figures(found: Tickets) -> list[draw.Figure]:
+    """How many of the first layer's weights each input pixel keeps."""
+    shown = []
+    for kept in found.shares("lenet", "iterative"):
+        rows = finals(found.rows, "pixel_kept", network="lenet", pruning="iterative", kept=kept)
+        if rows:
+            shown.append((kept, sum(decode_counts(row["counts"]).astype(float) for row in rows) / len(rows)))
+    if not shown:
+        return []
+    places = sorted({round(i) for i in np.linspace(0, len(shown) - 1, min(4, len(shown)))})
+    shown = [shown[place] for place in places]
+    figure, panels = draw.new_figure(1, len(shown), size=(2.9 * len(shown), 2.9))
+    for axes, (kept, counts) in zip(panels, shown, strict=True):
+        side = math.isqrt(len(counts))
+        axes.imshow(np.asarray(counts).reshape(side, side), cmap="viridis", vmin=0)
+        draw.set_axes(axes, title=f"{100 * kept:.3g} % kept, most: {np.max(counts):.0f} of 300")
+        axes.set_axis_off()
+    words = (
+        "Weights of the first layer that each input pixel keeps after rounds of pruning by magnitude, means over "
+        "seeds; each panel from none (dark) to its own most (bright)."
+    )
+    return [draw.Figure("pixels", "The pixels that LeNet's tickets look at", words, figure)]
+
+
+def early_stop_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigure:
+    """Early stop by kept share; time of masked dense over sparse."""
+    figure, (left, right) = draw.new_figure(1, 2, size=(10.8, 4.0))
+    for series, (pruning, control) in enumerate(arms_of(found, "lenet")):
+        cells = [found.cell("lenet", pruning, control, kept) for kept in found.shares("lenet", pruning, control)]
+        groups = {100 * c.kept: stops for c in cells if c and (stops := values(found.rows, "early_stop_step", c.where))}
+        label = next((c.arm for c in cells if c), "")
+        if groups and min(min(stops) for stops in groups.values()) > 0:
+            draw.plot_groups(left, groups, series=series, label=label, geometric=True)
+    ticks = _kept_axis(left, found, "lenet")
+    base = geometric(found.rows, "early_stop_step", dense("lenet").where)
+    if base is not None:
+        draw.plot_guide(left, [min(ticks), 100], [base.value, base.value], label="dense")
+    draw.set_axes(left, title=NAMES["lenet"], xlabel="weights kept (%)", ylabel="updates to the least held-out loss",
+                  log_x=True, log_y=True, x_ticks=ticks)  # fmt: skip
+    left.invert_xaxis()
+    draw.add_legend(left)
+    every: set[float] = {100.0}
+    for series, network in enumerate(networks):
+        pruning = "iterative" if network == "lenet" else "one-shot"
+        groups = {}
+        for kept in found.shares(network, pruning):
+            cell = found.cell(network, pruning, "ticket", kept)
+            times = step_times(found, cell) if cell is not None else {}
+            ours, theirs = times.get("sparse", {}), times.get("masked dense", {})
+            if ours and theirs:
+                groups[100 * kept] = [theirs[seed] / ours[seed] for seed in ours]
+        if groups:
+            every |= set(groups)
+            draw.plot_groups(right, groups, series=series, label=f"{NAMES[network]}, {pruning}", geometric=True)
+    draw.plot_guide(right, [min(every), 100], [1.0, 1.0])
+    draw.set_axes(right, title="Time of a step", xlabel="weights kept (%)", ylabel="masked dense time / sparse time",
+                  log_x=True, x_ticks=_kept_axis(right, found, "lenet"))  # fmt: skip
+    right.invert_xaxis()
+    draw.add_legend(right)
+    return figure
