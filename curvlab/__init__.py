@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from curvlab.operators.ntk import empirical_ntk
     from curvlab.sharpness import average_flatness, linear_barrier, loss_slice, worst_case_sharpness
+    from curvlab.sparse import Mask, densify, global_magnitude, sparsify, update_mask
     from curvlab.spectra import (
         EigenpairTracker,
         diagonal,
@@ -55,16 +56,19 @@ _HOME = {
     "HessianOperator": "curvlab.operators",
     "JacobianOperator": "curvlab.operators",
     "MLP": "curvlab.models",
+    "Mask": "curvlab.sparse",
     "NTKOperator": "curvlab.operators",
     "NormRecorder": "curvlab.norms",
     "NormTable": "curvlab.norms",
     "ParameterNorms": "curvlab.norms",
     "Problem": "curvlab.operators",
     "average_flatness": "curvlab.sharpness",
+    "densify": "curvlab.sparse",
     "diagonal": "curvlab.spectra",
     "effective_dimension": "curvlab.spectra",
     "empirical_ntk": "curvlab.operators.ntk",
     "filter_norms": "curvlab.norms",
+    "global_magnitude": "curvlab.sparse",
     "hutchinson_trace": "curvlab.spectra",
     "hutchpp_trace": "curvlab.spectra",
     "linear_barrier": "curvlab.sharpness",
@@ -72,8 +76,10 @@ _HOME = {
     "loss_slice": "curvlab.sharpness",
     "parameter_norms": "curvlab.norms",
     "slq_density": "curvlab.spectra",
+    "sparsify": "curvlab.sparse",
     "top_eigenpairs": "curvlab.spectra",
     "total_norm": "curvlab.norms",
+    "update_mask": "curvlab.sparse",
     "worst_case_sharpness": "curvlab.sharpness",
     "xtrace": "curvlab.spectra",
 }
@@ -89,16 +95,19 @@ __all__ = [
     "GradientCovarianceOperator",
     "HessianOperator",
     "JacobianOperator",
+    "Mask",
     "NTKOperator",
     "NormRecorder",
     "NormTable",
     "ParameterNorms",
     "Problem",
     "average_flatness",
+    "densify",
     "diagonal",
     "effective_dimension",
     "empirical_ntk",
     "filter_norms",
+    "global_magnitude",
     "hutchinson_trace",
     "hutchpp_trace",
     "linear_barrier",
@@ -106,14 +115,16 @@ __all__ = [
     "loss_slice",
     "parameter_norms",
     "slq_density",
+    "sparsify",
     "top_eigenpairs",
     "total_norm",
+    "update_mask",
     "worst_case_sharpness",
     "xtrace",
 ]
 
 
-_ROOMS = ("data", "models", "norms", "operators", "ops", "runs", "sharpness", "spectra", "training")
+_ROOMS = ("data", "models", "norms", "operators", "ops", "runs", "sharpness", "sparse", "spectra", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "curvlab._build": (),
     "curvlab.ops": ("curvlab._C", "curvlab._C_cuda", "curvlab._host", "curvlab._build"),
     "curvlab.operators": ("curvlab.ops",),
-    "curvlab.sparse": ("curvlab.ops", "curvlab.operators.params", "curvlab.operators.engines.rules"),
+    "curvlab.sparse": (  # its layers' rules inherit the formulas of the dense ones
+        "curvlab.ops",
+        "curvlab.operators.params",
+        "curvlab.operators.engines.rules",
+        "curvlab.operators.engines.layer_rules",
+        "curvlab.operators.engines.steps",
+    ),
     "curvlab.norms": ("curvlab.ops", "curvlab.operators.params"),
     "curvlab.spectra": ("curvlab.operators",),
     "curvlab.sharpness": ("curvlab.operators", "curvlab.spectra", "curvlab.norms"),
@@ -39,6 +45,7 @@ CSRC_MAY_INCLUDE = (
     "pybind11/",
     "common/",
     "cuda",
+    "sys/mman.h",
 )
 
 

@@ -20,7 +20,7 @@
 
 #include "common/cuda_device.h"
 #include "sparse_conv/arguments.h"
-#include "sparse_conv/device_plans_cuda.h"
+#include "sparse_conv/device_plans.h"
 #include "sparse_conv/plan_cuda.h"
 
 namespace curvlab::sparse_conv {
