@@ -63,6 +63,20 @@ def test_pairs_are_those_of_the_operator(which: str, error: float) -> None:
     assert 2 * found.num_products < plain.num_products + len(found)
 
 
+def test_what_the_operator_appends_is_multiplied_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = Twinned(symmetric(VALUES), 3e-3)
+    sizes: list[tuple[str, int]] = []
+    for name, operator in (("exact", A), ("low", A.low)):
+        apply = operator.apply_rows
+        monkeypatch.setattr(
+            operator, "apply_rows", lambda rows, n=name, f=apply: (sizes.append((n, len(rows))), f(rows))[1]
+        )
+    found = top_eigenpairs(A, 4, generator=generator())
+    at = sizes.index(("exact", 4))
+    assert found.converged and set(sizes[:at]) == {("low", 1)}
+    assert sizes[at + 1] == ("low", 4) and sizes[-1] == ("exact", 1)
+
+
 def test_the_rounded_space_alone_would_not_do() -> None:
     """Without A itself the pairs are as far off as the twin: what is put right was wrong."""
     matrix = symmetric(VALUES)
