@@ -177,14 +177,12 @@ def _start_rows(
     """The first block: random, or sums of the given rows, row i in sum i mod block, each with a little of all else."""
     if start is None:
         return vec.draw_normal(A, block, generator)
-    weights = None
+    weights, guard = None, None
     if isinstance(start, Eigenpairs):
-        guards = 0 if start.guard is None else len(start.guard)
         sizes = start.values.abs().numpy()
         # Residuals are relative to the value: of a small one its noise, the same for all, must be the smaller part.
         sizes = np.maximum(sizes, max(0.01 * sizes.max(), 1e-300))
-        weights = np.append(sizes.min() / sizes, [ADMIXTURE] * guards)
-        start = start.vectors if start.guard is None else torch.cat([start.vectors, start.guard])
+        weights, guard, start = sizes.min() / sizes, start.guard, start.vectors
     rows = start[None] if start.ndim == 1 else start
     if rows.ndim != 2 or rows.shape[1] != A.shape[0] or not 1 <= len(rows) <= A.shape[0]:
         raise ValueError(
@@ -192,15 +190,27 @@ def _start_rows(
         )
     if rows.dtype != A.dtype or rows.device != A.device:
         raise TypeError(f"top_eigenpairs: start must be {A.dtype} on {A.device}, got {rows.dtype} on {rows.device}")
-    norms = vec.inner_products(rows, rows).sqrt()
+    if weights is None:  # those of pairs have length 1
+        norms = vec.inner_products(rows, rows).sqrt()
+        weights = 1 / np.maximum(_finite(norms).numpy(), torch.finfo(A.dtype).tiny)
+    # The guard is added by itself: joined to the vectors, all of them would be copied.
+    guards = 0 if guard is None else len(guard)
+    total = len(rows) + guards
+    count = min(block, total)
+    shares = np.eye(count)[:, np.arange(total) % count] * np.append(weights, [ADMIXTURE] * guards)
+    sums = vec.combine_rows(shares[:, : len(rows)], rows)
+    if guard is not None:
+        vec.subtract_rows(sums, -shares[:, len(rows) :], guard)
+    _finite(vec.inner_products(sums, sums))
+    noise = vec.draw_normal(A, count, generator)
+    return sums.add_(noise, alpha=ADMIXTURE / math.sqrt(A.shape[0]))
+
+
+def _finite(norms: Tensor) -> Tensor:
+    """The norms of a start, when they are finite."""
     if not norms.isfinite().all():
         raise ValueError("top_eigenpairs: start must be finite, got an infinity or NaN")
-    norms.clamp_(min=torch.finfo(A.dtype).tiny)
-    sums = np.zeros((min(block, len(rows)), len(rows)))
-    sums[np.arange(len(rows)) % block, np.arange(len(rows))] = (1 if weights is None else weights) / norms.numpy()
-    sums = vec.combine_rows(sums, rows)
-    noise = vec.draw_normal(A, len(sums), generator)
-    return sums.add_(noise, alpha=ADMIXTURE / math.sqrt(A.shape[0]))
+    return norms
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from curvlab.runs.report import Claim, Study, write_report
+from curvlab.runs.report.page import _paper
 from curvlab.runs.stats import Survives, Verdict
 from curvlab.runs.store import RunStoreError
 
@@ -73,6 +74,12 @@ def test_page_explains_every_verdict_and_what_a_prediction_is(page):
     for words in ("Without a published value", "no number of the paper was met or missed", "scaled down"):
         assert words in legend
     assert all(f"{str(answer).capitalize()}:" in legend for answer in Survives)
+
+
+def test_words_in_the_papers_column_carry_no_unit():
+    assert _paper("not tested", "points") == "not tested" and _paper("theory: < 1", "×") == "theory: < 1×"
+    assert _paper("0", "points") == "0 points" and _paper(11.3, "×") == "11.3×" and _paper(None, "×") == "–"
+    assert _paper("3.86 (32, 1024)", "×") == "3.86 (32, 1024)"
 
 
 def test_page_shows_an_undecided_control(tmp_path, make_study):

@@ -130,11 +130,21 @@ def test_invariant_subspaces_end_the_recurrence() -> None:
     assert (space.ritz()[2] < 1e-12).all()
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e12])
+def test_a_single_first_row_is_only_scaled(size: float) -> None:
+    row = size * torch.randn(1, 500, generator=generator())
+    space = KrylovSpace(3, 500, dtype=torch.float32, device=CPU)
+    assert space.add(row) == 1 and space.is_clean
+    torch.testing.assert_close(space.rows[:1], row / row.double().norm().float(), rtol=1e-6, atol=0)
+    assert space.add(row) == 0
+    assert KrylovSpace(3, 500, dtype=torch.float32, device=CPU).add(0 * row) == 0
+
+
 def test_panel_length_follows_the_loss() -> None:
     space = KrylovSpace(4, 10, dtype=torch.float32, device=CPU)
     lengths = []
-    for loss in (1e-6, 3e-5, 1e-7, 1e-3, 0.1, 0.1, 0.1, 1e-4):
+    for loss in (1e-6, 3e-5, 1e-7, 1e-6, 1e-7, 1e-3, 0.1, 0.1, 0.1, 0.1, 1e-4):
         space._follow(loss)
         lengths.append(space._panel)
-    assert lengths == [2, 4, 4, 4, 2, 1, 1, 1]
-    assert lanczos.MAX_PANEL == 4
+    assert lengths == [2, 4, 8, 8, 8, 8, 4, 2, 1, 1, 1]
+    assert lanczos.MAX_PANEL == 8

@@ -63,6 +63,20 @@ def test_pairs_are_those_of_the_operator(which: str, error: float) -> None:
     assert 2 * found.num_products < plain.num_products + len(found)
 
 
+def test_what_the_operator_appends_is_multiplied_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    A = Twinned(symmetric(VALUES), 3e-3)
+    sizes: list[tuple[str, int]] = []
+    for name, operator in (("exact", A), ("low", A.low)):
+        apply = operator.apply_rows
+        monkeypatch.setattr(
+            operator, "apply_rows", lambda rows, n=name, f=apply: (sizes.append((n, len(rows))), f(rows))[1]
+        )
+    found = top_eigenpairs(A, 4, generator=generator())
+    at = sizes.index(("exact", 4))
+    assert found.converged and set(sizes[:at]) == {("low", 1)}
+    assert sizes[at + 1] == ("low", 4) and sizes[-1] == ("exact", 1)
+
+
 def test_the_rounded_space_alone_would_not_do() -> None:
     """Without A itself the pairs are as far off as the twin: what is put right was wrong."""
     matrix = symmetric(VALUES)
@@ -107,21 +121,22 @@ def test_warm_start_and_restarts() -> None:
     assert (true_residuals(matrix, warm.values, warm.vectors) <= 1.01e-3 * warm.values).all()
 
 
-def images(steps: int = 0) -> Problem:
+def images(channels: int = 3) -> Problem:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
     )  # fmt: skip
-    x, y = torch.randn(16, 3, 16, 16), torch.arange(16) % 5
+    x, y = torch.randn(16, channels, 16, 16), torch.arange(16) % 5
     model(x)
     return Problem(model.eval(), nn.CrossEntropyLoss(), (x, y))
 
 
-def test_the_twin_of_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The factors of one primal pass, rounded: the products of an engine built for bfloat16."""
+@pytest.mark.parametrize("channels", [3, 6])  # of 3, the first convolution has a float32 kernel of its own
+def test_the_twin_of_a_hessian(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    """The factors of one primal pass, rounded: the products of an engine built for bfloat16, or better."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    problem = images()
+    problem = images(channels)
     A, asked = HessianOperator(problem), HessianOperator(problem, precision="bf16")
     low = A.rounded()
     assert low is not None and low.num_products == 0
@@ -129,7 +144,10 @@ def test_the_twin_of_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, got, want = A.apply_rows(row), low.apply_rows(row), asked.apply_rows(row)
     error = (got - exact).norm() / exact.norm()
     assert 1e-4 < error < 2e-2
-    assert (got - want).norm() < 0.05 * (want - exact).norm()  # roundings of float32 before the rounding to bfloat16
+    if channels == 6:  # roundings of float32 before the rounding to bfloat16
+        assert (got - want).norm() < 0.05 * (want - exact).norm()
+    else:
+        assert (got - exact).norm() < 1.1 * (want - exact).norm()
     assert low.precision_error == pytest.approx(float(error), rel=1.0)
     torch.testing.assert_close(A.apply_rows(row), exact, rtol=0, atol=0)  # the twin changed nothing in its engine
     found = top_eigenpairs(A, 2, generator=generator())

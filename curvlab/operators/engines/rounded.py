@@ -13,6 +13,7 @@ from curvlab.operators.engines import graph_capture
 from curvlab.operators.engines.fused import FusedEngine
 from curvlab.operators.engines.layer_rules.activation import ActivationStep, AddStep
 from curvlab.operators.engines.layer_rules.affine import AffineStep
+from curvlab.operators.engines.layer_rules.first_conv import FirstConvStep
 from curvlab.operators.engines.layer_rules.pool import AveragePoolStep, MaxPoolStep, MeanStep
 from curvlab.operators.engines.layer_rules.shape import CatStep, ReshapeStep, TransposeStep
 
@@ -29,7 +30,7 @@ _KNOWN = (
     TransposeStep,
     CatStep,
 )
-"""Steps of which every floating-point factor is kept in the dtype of the products."""
+"""Steps of which every floating-point factor is kept in the dtype of the products (or float32: FirstConvStep)."""
 
 
 def pays(engine: Any) -> bool:
@@ -64,7 +65,11 @@ def rounded_twin(engine: FusedEngine, *, second: bool) -> FusedEngine:
     for chunk in engine._chunks:
         own = copy.copy(chunk)
         seen: dict[int, Tensor] = {}
-        own.kept, own.signal = _rounded(chunk.kept, seen), _rounded(chunk.signal, seen)
+        own.kept = [
+            kept if isinstance(step, FirstConvStep) else _rounded(kept, seen)
+            for step, kept in zip(engine.steps, chunk.kept, strict=True)
+        ]
+        own.signal = _rounded(chunk.signal, seen)
         twin._chunks.append(own)
     twin._heads = {}
     twin._replays = graph_capture.Replays(engine.problem.device)

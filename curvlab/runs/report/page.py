@@ -134,9 +134,11 @@ def render_page(studies: Sequence[Study], *, title: str) -> str:
 
 
 def _paper(value: str | float | None, unit: str = "") -> str:
-    """The paper's number as it prints it: no zeros added, since digits claim precision."""
+    """The paper's number as it prints it: no zeros added, since digits claim precision; words carry no unit."""
     if value is None:
         return MISSING
+    if isinstance(value, str) and not value[-1:].isdigit():
+        return value or MISSING
     return _with_unit(value if isinstance(value, str) else f"{value:.10g}".replace("-", "−"), unit)
 
 

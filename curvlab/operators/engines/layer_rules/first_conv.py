@@ -31,7 +31,11 @@ _MOST_CHANNELS, _MOST_TAPS, _FEW_OUTPUTS = 4, 36, 16
 
 
 class FirstConvStep(ConvStep):
-    """One convolution of constant inputs, and its pool if it has one."""
+    """One convolution of constant inputs, and its pool if it has one.
+
+    The kernel is one of float32: where the other steps work in bfloat16 (as ``weight`` says), what passes between is
+    converted.
+    """
 
     def __init__(self, conv: ConvStep, shape: Sequence[int], pool: MaxPoolStep | None) -> None:
         self.__dict__.update(conv.__dict__)
@@ -105,9 +109,10 @@ class FirstConvStep(ConvStep):
             out = hvp.first_conv_forward(
                 x, bound.weight[lo:hi], bias, choice=choice, stride=(self.stride[0], self.stride[1])
             )
-            run.t[self.output] = out.view(run.k, len(x), height, width, -1)
+            run.t[self.output] = out.view(run.k, len(x), height, width, -1).to(self.weight.dtype)
         elif bias is not None:
-            run.t[self.output] = bias[:, None, None, None].expand(-1, len(x), height, width, -1).contiguous()
+            spread = bias[:, None, None, None].expand(-1, len(x), height, width, -1)
+            run.t[self.output] = spread.to(self.weight.dtype).contiguous()
 
     def backward(self, run: Run, kept: Any, bound: AffineBound) -> None:
         """The weight's share."""
@@ -121,7 +126,7 @@ class FirstConvStep(ConvStep):
         x, choice = kept
         fresh = run.fresh and bound.fresh_weight
         hvp.first_conv_weight(
-            signal.flatten(2, 3).contiguous(),
+            signal.flatten(2, 3).to(x.dtype).contiguous(),
             x,
             bound.out_weight[run.lo : run.hi],
             choice=choice,
