@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "sparse_conv/cpu_kernels.h"
 #include "sparse_conv/strip.h"
 #include "sparse_conv/tiles_cpu.h"
 #include "sparse_conv/transpose_cpu.h"
@@ -123,13 +124,22 @@ static void clear_borders(const PlaneView& x, const StripLayout& layout, std::in
   }
 }
 
-// Packs the images [first_image, first_image + images) and the rows that tile rows [t, t + tile_rows) read.
+// Packs the task's images and the rows that its tile rows read. Rows that the strip above read too are moved: packing
+// them again took a fifth of the time, and lower strips keep both sources in L2.
 template <class scalar_t>
-static void pack_strip(const PlaneView& x, const StripLayout& layout, std::int64_t first_image, std::int64_t images,
-                       std::int64_t t, std::int64_t tile_rows, scalar_t* scratch) {
+static void pack_strip(const PlaneView& x, const StripLayout& layout, const StripTask& task, scalar_t* scratch) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   const PackedColumns columns{layout, kWidth};
-  const std::int64_t first_row = t * layout.row_step + layout.first_row, rows = layout.rows(tile_rows);
+  const std::int64_t first_image = task.first_image, images = task.images;
+  std::int64_t first_row = task.t * layout.row_step + layout.first_row, rows = layout.rows(task.tile_rows);
+  const std::int64_t kept = layout.reach_rows - layout.row_step;
+  if (task.follows && kept > 0) {
+    memmove(scratch, scratch + task.tile_rows * layout.row_step * layout.row_pitch,
+            static_cast<std::size_t>(kept * layout.row_pitch) * sizeof(scalar_t));
+    first_row += kept;
+    rows -= kept;
+    scratch += kept * layout.row_pitch;
+  }
   PackedPart part{larger_of(first_row, 0), smaller_of(first_row + rows, x.height), larger_of(layout.first_column, 0),
                   smaller_of(layout.first_column + layout.columns, x.width)};
   if (part.row_end < part.row_begin) part.row_end = part.row_begin;
@@ -179,6 +189,20 @@ static void unpack_run(const scalar_t* acc, std::int64_t positions, scalar_t* to
   }
   for (std::int64_t i = 0; i < images; ++i) {
     for (std::int64_t p = 0; p < positions; ++p) to[i * image_stride + p] = acc[p * kWidth + i];
+  }
+}
+
+// [channels][positions][lanes], all images there -> one position of every channel, channels following in memory.
+template <class scalar_t>
+static void unpack_channels(const scalar_t* acc, std::int64_t acc_pitch, std::int64_t begin, std::int64_t end,
+                            scalar_t* to, std::int64_t image_stride) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  std::int64_t channel = begin;
+  for (; channel + kWidth <= end; channel += kWidth) {
+    transpose<scalar_t, false>(acc + channel * acc_pitch, acc_pitch, to + channel, image_stride);
+  }
+  for (; channel < end; ++channel) {
+    for (int i = 0; i < kWidth; ++i) to[i * image_stride + channel] = acc[channel * acc_pitch + i];
   }
 }
 
