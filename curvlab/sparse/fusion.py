@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from curvlab.ops import norm_act
 
 __all__ = ["BatchNormReLU", "fuse"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class BatchNormReLU(nn.BatchNorm2d):
@@ -63,7 +65,7 @@ class BatchNormReLU(nn.BatchNorm2d):
 _TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: ModuleT) -> ModuleT:
     """A copy of ``model`` in whose Sequentials each BatchNorm2d, ReLU (, MaxPool2d(2)) is one :class:`BatchNormReLU`.
 
     The other layers of a group become ``nn.Identity``, so that names, and with them ``state_dict``, stay as they are: a

@@ -377,8 +377,8 @@ def ticket_notes(found: Tickets) -> list[str]:
     fitted = mean(found.rows, "train_accuracy", dense("cnn").where, factor=100)
     if fitted is not None and fitted.value < 99:
         notes.append(
-            f"The dense CNN ends at {fitted.value:.0f} % training accuracy here: what its tickets gain over the controls "
-            "is as much how fast a mask trains as how well it generalizes once trained."
+            f"The dense CNN ends at {fitted.value:.0f} % training accuracy here: what its tickets gain over the "
+            "controls is as much how fast a mask trains as how well it generalizes once trained."
         )
     scaled = [words for network, words in found.protocol.items() if not found.faithful(network)]
     if scaled:
