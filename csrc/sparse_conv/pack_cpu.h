@@ -31,17 +31,29 @@ struct PackedPart {
 inline __attribute__((always_inline)) std::int64_t larger_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 inline __attribute__((always_inline)) std::int64_t smaller_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// One channel whose rows follow one another in memory: kWidth positions of all images at a time, which may span rows.
+// Into L2. Through an integer: the address may lie behind the tensor, which a prefetch forgives and pointer arithmetic
+// does not.
 template <class scalar_t>
-static void pack_dense_rows(const scalar_t* source, std::int64_t image_stride, const PackedPart& part,
-                            const PackedColumns& columns, std::int64_t plane_width, scalar_t* rows,
-                            std::int64_t row_pitch) {
+CURVLAB_INLINE void prefetch_far(const scalar_t* pointer, std::int64_t elements) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(pointer) +
+                                                   static_cast<std::uintptr_t>(elements) * sizeof(scalar_t)),
+                     0, 2);
+}
+
+// One channel whose rows follow one another in memory: kWidth positions of all images at a time, which may span rows.
+// `ahead` leads to the next channel: runs of a strip are too short for the processor's own prefetching (64 channels of
+// 32 x 32, two sources of 32 MB: 12.5 ms without, 10.4 ms with).
+template <class scalar_t>
+static void pack_dense_rows(const scalar_t* source, std::int64_t image_stride, std::int64_t ahead,
+                            const PackedPart& part, const PackedColumns& columns, std::int64_t plane_width,
+                            scalar_t* rows, std::int64_t row_pitch) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   alignas(64) scalar_t block[kWidth * kWidth];
   std::int64_t row = part.row_begin, column = 0;
   const std::int64_t begin = part.row_begin * plane_width, end = part.row_end * plane_width;
   for (std::int64_t position = begin; position < end; position += kWidth) {
     const std::int64_t from = smaller_of(position, end - kWidth);  // the last one looks back
+    for (int i = 0; i < kWidth; ++i) prefetch_far(source + from + i * image_stride, ahead);
     if (columns.layout.column_step == 1 && column >= part.column_begin && column + kWidth <= part.column_end) {
       transpose<scalar_t, false>(source + from, image_stride, rows + columns.at(column), kWidth);
       column += kWidth;
@@ -151,7 +163,7 @@ static void pack_strip(const PlaneView& x, const StripLayout& layout, const Stri
   const bool dense_rows = x.column_stride == 1 && x.row_stride == x.width;
   if (images == kWidth && dense_rows && (part.row_end - part.row_begin) * x.width >= kWidth) {
     for (std::int64_t channel = 0; channel < x.channels; ++channel) {
-      pack_dense_rows(source + channel * x.channel_stride, x.image_stride, part, columns, x.width,
+      pack_dense_rows(source + channel * x.channel_stride, x.image_stride, x.channel_stride, part, columns, x.width,
                       to + channel * layout.channel_pitch, layout.row_pitch);
     }
   } else if (images == kWidth && x.channel_stride == 1 && x.channels >= kWidth) {
