@@ -10,7 +10,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <utility>
+#include <tuple>
+#include <vector>
 
 #include "common/no_gradient.h"
 #include "norm_act/dispatch.h"
@@ -49,11 +50,10 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
   static variable_list forward(AutogradContext* context, const at::Tensor& x, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, mean, inv_std] =
-        batch_norm_relu(x, weight, bias, options.running_mean, options.running_var, options.training, options.momentum,
-                        options.eps, options.pool);
-    context->save_for_backward({x, given(weight) ? *weight : at::Tensor(), given(bias) ? *bias : at::Tensor(), mean,
-                                inv_std});
+    auto [out, mean, inv_std] = batch_norm_relu(x, weight, bias, options.running_mean, options.running_var,
+                                                options.training, options.momentum, options.eps, options.pool);
+    context->save_for_backward(
+        {x, given(weight) ? *weight : at::Tensor(), given(bias) ? *bias : at::Tensor(), mean, inv_std});
     context->saved_data["training"] = options.training;
     context->saved_data["eps"] = options.eps;
     context->saved_data["pool"] = options.pool;
@@ -110,8 +110,8 @@ ThreeTensors batch_norm_relu_backward_autograd(const at::Tensor& grad, const at:
                                                const at::Tensor& mean, const at::Tensor& inv_std, bool training,
                                                bool pool) {
   const at::Tensor absent;
-  refuse_gradient("batch_norm_relu_backward", {&grad, &x, given(weight) ? &*weight : &absent,
-                                               given(bias) ? &*bias : &absent, &mean, &inv_std});
+  refuse_gradient("batch_norm_relu_backward",
+                  {&grad, &x, given(weight) ? &*weight : &absent, given(bias) ? &*bias : &absent, &mean, &inv_std});
   const at::AutoDispatchBelowADInplaceOrView below;
   return batch_norm_relu_backward(grad, x, weight, bias, mean, inv_std, training, pool);
 }

@@ -17,7 +17,7 @@ struct CpuKernels {  // [float32, float64]; sums: one pair for each of the block
 };
 
 #define CURVLAB_NORM_ACT_TYPES(kernel) {kernel<float>, kernel<double>}
-#define CURVLAB_NORM_ACT_KERNELS                                                  \
+#define CURVLAB_NORM_ACT_KERNELS                                                    \
   {CURVLAB_NORM_ACT_TYPES(block_statistics), CURVLAB_NORM_ACT_TYPES(block_forward), \
    CURVLAB_NORM_ACT_TYPES(block_backward_sums), CURVLAB_NORM_ACT_TYPES(block_backward)}
 

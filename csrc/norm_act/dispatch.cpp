@@ -34,9 +34,8 @@ ThreeTensors batch_norm_relu_backward_meta(const at::Tensor& grad, const at::Ten
 ThreeTensors batch_norm_relu(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
                              double momentum, double eps, bool pool) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("curvlab::batch_norm_relu", "")
-                             .typed<decltype(batch_norm_relu)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("curvlab::batch_norm_relu", "").typed<decltype(batch_norm_relu)>();
   return op.call(x, weight, bias, running_mean, running_var, training, momentum, eps, pool);
 }
 

@@ -214,11 +214,11 @@ ThreeTensors batch_norm_relu_backward_cpu(const at::Tensor& grad_given, const at
   if (x.numel() == 0) return {gx, sums_by[0].to(x.scalar_type()), sums_by[1].to(x.scalar_type())};
   const Blocks blocks(planes);
   std::vector<ChannelTerms> terms = channel_terms(x, weight, bias, mean, inv_std);
-  const BackwardWork work{planes,      x.const_data_ptr(), grad.const_data_ptr(), gx.mutable_data_ptr(),
-                          terms.data(), training};
+  const BackwardWork work{planes,  x.const_data_ptr(), grad.const_data_ptr(), gx.mutable_data_ptr(), terms.data(),
+                          training};
   const auto sum_kernel = cpu_kernels().backward_sums[type_index(x)];
-  const std::vector<SumPair> sums = sum_blocks(
-      planes, blocks, [&](const Block& block, SumPair* parts) { sum_kernel(work, block, parts); });
+  const std::vector<SumPair> sums =
+      sum_blocks(planes, blocks, [&](const Block& block, SumPair* parts) { sum_kernel(work, block, parts); });
   const double count = static_cast<double>(planes.images * planes.plane());
   const double *means = mean.const_data_ptr<double>(), *scales = inv_std.const_data_ptr<double>();
   double* gradients = sums_by.mutable_data_ptr<double>();

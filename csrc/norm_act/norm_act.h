@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Batch normalization, ReLU and 2 x 2 max pooling of stride 2 as one op on contiguous [N, C, H, W]:
 //   z = (x - mean) inv_std weight + bias,   out = max(z, 0), or its maximum over each window
-// Backward, with g the gradient where z > 0 (and, pooled, where z is the first of its window's largest), zero elsewhere,
-// n = N H W and sums over an own channel:
+// Backward, with g the gradient where z > 0 (and, pooled, where z is the first of its window's largest), zero
+// elsewhere, n = N H W and sums over a channel:
 //   gbias = sum g,   gweight = inv_std sum g (x - mean),
 //   gx = weight inv_std (g - gbias / n - (x - mean) inv_std gweight / n), in eval mode weight inv_std g
 // z is worked out anew from x, so nothing is kept for it: a mask and windows' indices would be written and read again.

@@ -129,22 +129,43 @@ CURVLAB_INLINE scalar_t moved(scalar_t x, scalar_t g, const Terms<scalar_t>& ter
   return g - ((x - terms.center) * terms.slope + terms.level);
 }
 
-// Rows of windows, or a part of one. kCount: how many, where the compiler shall know it, else 0: a row of 4 or 8
-// windows is then one vector.
+// The windows of a row, by chunk(Count<n>{}, j): n = 16, 8 or 4 of them from the j-th on, vectors of floats; the last
+// chunk goes back over windows that are done and finds the same again. Rows of fewer than 4: one window at a time.
+template <int value>
+struct Count {
+  static constexpr int kValue = value;
+};
+
+template <int kStep, class Chunk>
+CURVLAB_INLINE void for_steps(std::int64_t count, const Chunk& chunk) {
+  std::int64_t j = 0;
+  for (; j + kStep <= count; j += kStep) chunk(Count<kStep>{}, j);
+  if (j < count) chunk(Count<kStep>{}, kStep == 1 ? j : count - kStep);
+}
+
+template <class Chunk>
+CURVLAB_INLINE void for_windows(std::int64_t count, const Chunk& chunk) {
+  if (count >= 16) return for_steps<16>(count, chunk);
+  if (count >= 8) return for_steps<8>(count, chunk);
+  if (count >= 4) return for_steps<4>(count, chunk);
+  for_steps<1>(count, chunk);
+}
+
+// Without the pragma a loop of 4 is unrolled before it is vectorized, and then is not: 7 times slower.
 template <int kCount, class scalar_t>
-CURVLAB_INLINE void pooled_row(const scalar_t* __restrict__ top, const scalar_t* __restrict__ bottom,
-                               scalar_t* __restrict__ out, std::int64_t count, const Terms<scalar_t>& terms) {
-  const std::int64_t n = kCount > 0 ? kCount : count;
-  for (std::int64_t j = 0; j < n; ++j) out[j] = rectified(winner(top, bottom, j, terms).z);
+CURVLAB_INLINE void pooled_forward(const scalar_t* __restrict__ top, const scalar_t* __restrict__ bottom,
+                                   scalar_t* __restrict__ out, const Terms<scalar_t>& terms) {
+#pragma GCC unroll 1
+  for (int j = 0; j < kCount; ++j) out[j] = rectified(winner(top, bottom, j, terms).z);
 }
 
 // g and g (x - center)
 template <int kCount, class scalar_t>
 CURVLAB_INLINE void pooled_products(const scalar_t* __restrict__ top, const scalar_t* __restrict__ bottom,
                                     const scalar_t* __restrict__ grad, scalar_t* __restrict__ first,
-                                    scalar_t* __restrict__ second, std::int64_t count, const Terms<scalar_t>& terms) {
-  const std::int64_t n = kCount > 0 ? kCount : count;
-  for (std::int64_t j = 0; j < n; ++j) {
+                                    scalar_t* __restrict__ second, const Terms<scalar_t>& terms) {
+#pragma GCC unroll 1
+  for (int j = 0; j < kCount; ++j) {
     const Winner<scalar_t> best = winner(top, bottom, j, terms);
     const scalar_t g = masked(best.z, grad[j]);
     first[j] = g;
@@ -155,10 +176,10 @@ CURVLAB_INLINE void pooled_products(const scalar_t* __restrict__ top, const scal
 template <int kCount, bool training, class scalar_t>
 CURVLAB_INLINE void pooled_backward(const scalar_t* __restrict__ top, const scalar_t* __restrict__ bottom,
                                     const scalar_t* __restrict__ grad, scalar_t* __restrict__ gtop,
-                                    scalar_t* __restrict__ gbottom, std::int64_t count, const Terms<scalar_t>& terms) {
-  const std::int64_t n = kCount > 0 ? kCount : count;
+                                    scalar_t* __restrict__ gbottom, const Terms<scalar_t>& terms) {
   const scalar_t zero{0};
-  for (std::int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 1
+  for (int j = 0; j < kCount; ++j) {
     const Winner<scalar_t> best = winner(top, bottom, j, terms);
     const scalar_t g = terms.gain * masked(best.z, grad[j]);
     gtop[2 * j] = moved<training>(top[2 * j], best.place == zero ? g : zero, terms);
@@ -168,27 +189,29 @@ CURVLAB_INLINE void pooled_backward(const scalar_t* __restrict__ top, const scal
   }
 }
 
-// ---- planes: kWidth is the pooled width where the compiler shall know it, 0 another, -1 without pooling
-template <int kWidth, class scalar_t>
+// ---- planes
+template <bool pool, class scalar_t>
 CURVLAB_INLINE void forward_plane(const Planes& planes, const scalar_t* __restrict__ x, scalar_t* __restrict__ out,
                                   const Terms<scalar_t> terms) {
-  if constexpr (kWidth < 0) {
+  if constexpr (!pool) {
     for (std::int64_t i = 0; i < planes.plane(); ++i) out[i] = rectified(terms.normalized(x[i]));
   } else {
     const std::int64_t width = planes.width, count = width / 2;
     for (std::int64_t row = 0; row < planes.out_height(); ++row, x += 2 * width, out += count) {
-      pooled_row<kWidth>(x, x + width, out, count, terms);
+      for_windows(count, [&](auto chunk, std::int64_t j) {
+        pooled_forward<decltype(chunk)::kValue>(x + 2 * j, x + width + 2 * j, out + j, terms);
+      });
     }
   }
 }
 
 constexpr std::int64_t kProducts = 1024;  // kept in the first cache between two loops
 
-template <int kWidth, class scalar_t>
+template <bool pool, class scalar_t>
 CURVLAB_INLINE void sum_plane(const Planes& planes, const scalar_t* __restrict__ x, const scalar_t* __restrict__ grad,
                               const Terms<scalar_t> terms, LaneSums& sums) {
   scalar_t first[kProducts], second[kProducts];
-  if constexpr (kWidth < 0) {
+  if constexpr (!pool) {
     for (std::int64_t begin = 0; begin < planes.plane(); begin += kProducts) {
       const std::int64_t left = planes.plane() - begin, n = left < kProducts ? left : kProducts;
       for (std::int64_t i = 0; i < n; ++i) {
@@ -208,8 +231,11 @@ CURVLAB_INLINE void sum_plane(const Planes& planes, const scalar_t* __restrict__
           add_pair(sums, first, second, filled);
           filled = 0;
         }
-        pooled_products<kWidth>(x + 2 * begin, x + width + 2 * begin, grad + begin, first + filled, second + filled, n,
-                                terms);
+        for_windows(n, [&](auto chunk, std::int64_t j) {
+          const scalar_t* top = x + 2 * (begin + j);
+          pooled_products<decltype(chunk)::kValue>(top, top + width, grad + begin + j, first + filled + j,
+                                                   second + filled + j, terms);
+        });
         filled += n;
       }
     }
@@ -217,11 +243,11 @@ CURVLAB_INLINE void sum_plane(const Planes& planes, const scalar_t* __restrict__
   }
 }
 
-template <int kWidth, bool training, class scalar_t>
+template <bool pool, bool training, class scalar_t>
 CURVLAB_INLINE void backward_plane(const Planes& planes, const scalar_t* __restrict__ x,
                                    const scalar_t* __restrict__ grad, scalar_t* __restrict__ gx,
                                    const Terms<scalar_t> terms) {
-  if constexpr (kWidth < 0) {
+  if constexpr (!pool) {
     for (std::int64_t i = 0; i < planes.plane(); ++i) {
       gx[i] = moved<training>(x[i], terms.gain * masked(terms.normalized(x[i]), grad[i]), terms);
     }
@@ -229,7 +255,10 @@ CURVLAB_INLINE void backward_plane(const Planes& planes, const scalar_t* __restr
     const std::int64_t width = planes.width, count = width / 2;
     const scalar_t* const end = x + planes.plane();
     for (std::int64_t row = 0; row < planes.out_height(); ++row, x += 2 * width, gx += 2 * width, grad += count) {
-      pooled_backward<kWidth, training>(x, x + width, grad, gx, gx + width, count, terms);
+      for_windows(count, [&](auto chunk, std::int64_t j) {
+        pooled_backward<decltype(chunk)::kValue, training>(x + 2 * j, x + width + 2 * j, grad + j, gx + 2 * j,
+                                                           gx + width + 2 * j, terms);
+      });
       if (width % 2 != 0) {  // the last column is in no window
         gx[width - 1] = moved<training>(x[width - 1], scalar_t{0}, terms);
         gx[2 * width - 1] = moved<training>(x[2 * width - 1], scalar_t{0}, terms);
@@ -240,28 +269,28 @@ CURVLAB_INLINE void backward_plane(const Planes& planes, const scalar_t* __restr
 }
 
 // ---- blocks
-template <int kWidth, class scalar_t>
+template <bool pool, class scalar_t>
 static void forward_block(const ForwardWork& work, const Block& block) {
   const Planes planes = work.planes;
   for (std::int64_t image = block.first_image; image < block.end_image; ++image) {
     for (std::int64_t c = block.first_channel; c < block.end_channel; ++c) {
       const std::int64_t at = image * planes.channels + c;
-      forward_plane<kWidth>(planes, static_cast<const scalar_t*>(work.x) + at * planes.plane(),
-                            static_cast<scalar_t*>(work.out) + at * planes.out_plane(), Terms<scalar_t>(work.terms[c]));
+      forward_plane<pool>(planes, static_cast<const scalar_t*>(work.x) + at * planes.plane(),
+                          static_cast<scalar_t*>(work.out) + at * planes.out_plane(), Terms<scalar_t>(work.terms[c]));
     }
   }
 }
 
-template <int kWidth, class scalar_t>
+template <bool pool, class scalar_t>
 static void sum_block(const BackwardWork& work, const Block& block, SumPair* sums) {
   const Planes planes = work.planes;
   LaneSums lanes[kMaxBlockChannels];
   for (std::int64_t image = block.first_image; image < block.end_image; ++image) {
     for (std::int64_t c = block.first_channel; c < block.end_channel; ++c) {
       const std::int64_t at = image * planes.channels + c;
-      sum_plane<kWidth>(planes, static_cast<const scalar_t*>(work.x) + at * planes.plane(),
-                        static_cast<const scalar_t*>(work.grad) + at * planes.out_plane(),
-                        Terms<scalar_t>(work.terms[c]), lanes[c - block.first_channel]);
+      sum_plane<pool>(planes, static_cast<const scalar_t*>(work.x) + at * planes.plane(),
+                      static_cast<const scalar_t*>(work.grad) + at * planes.out_plane(), Terms<scalar_t>(work.terms[c]),
+                      lanes[c - block.first_channel]);
     }
   }
   for (std::int64_t c = block.first_channel; c < block.end_channel; ++c) {
@@ -269,58 +298,39 @@ static void sum_block(const BackwardWork& work, const Block& block, SumPair* sum
   }
 }
 
-template <int kWidth, bool training, class scalar_t>
+template <bool pool, bool training, class scalar_t>
 static void backward_block(const BackwardWork& work, const Block& block) {
   const Planes planes = work.planes;
   for (std::int64_t image = block.first_image; image < block.end_image; ++image) {
     for (std::int64_t c = block.first_channel; c < block.end_channel; ++c) {
       const std::int64_t at = image * planes.channels + c;
-      backward_plane<kWidth, training>(planes, static_cast<const scalar_t*>(work.x) + at * planes.plane(),
-                                       static_cast<const scalar_t*>(work.grad) + at * planes.out_plane(),
-                                       static_cast<scalar_t*>(work.gx) + at * planes.plane(),
-                                       Terms<scalar_t>(work.terms[c]));
+      backward_plane<pool, training>(planes, static_cast<const scalar_t*>(work.x) + at * planes.plane(),
+                                     static_cast<const scalar_t*>(work.grad) + at * planes.out_plane(),
+                                     static_cast<scalar_t*>(work.gx) + at * planes.plane(),
+                                     Terms<scalar_t>(work.terms[c]));
     }
-  }
-}
-
-// `call` with the kWidth that fits, as a std::integral_constant would carry it.
-template <int value>
-struct Width {
-  static constexpr int kValue = value;
-};
-
-template <class Call>
-CURVLAB_INLINE void with_width(const Planes& planes, const Call& call) {
-  if (!planes.pool) return call(Width<-1>{});
-  switch (planes.out_width()) {
-    case 4:
-      return call(Width<4>{});
-    case 8:
-      return call(Width<8>{});
-    case 16:
-      return call(Width<16>{});
-    default:
-      return call(Width<0>{});
   }
 }
 
 template <class scalar_t>
 static void block_forward(const ForwardWork& work, const Block& block) {
-  with_width(work.planes, [&](auto width) { forward_block<decltype(width)::kValue, scalar_t>(work, block); });
+  work.planes.pool ? forward_block<true, scalar_t>(work, block) : forward_block<false, scalar_t>(work, block);
 }
 
 template <class scalar_t>
 static void block_backward_sums(const BackwardWork& work, const Block& block, SumPair* sums) {
-  with_width(work.planes, [&](auto width) { sum_block<decltype(width)::kValue, scalar_t>(work, block, sums); });
+  work.planes.pool ? sum_block<true, scalar_t>(work, block, sums) : sum_block<false, scalar_t>(work, block, sums);
 }
 
 template <class scalar_t>
 static void block_backward(const BackwardWork& work, const Block& block) {
-  with_width(work.planes, [&](auto width) {
-    constexpr int kWidth = decltype(width)::kValue;
-    work.training ? backward_block<kWidth, true, scalar_t>(work, block)
-                  : backward_block<kWidth, false, scalar_t>(work, block);
-  });
+  if (work.planes.pool) {
+    work.training ? backward_block<true, true, scalar_t>(work, block)
+                  : backward_block<true, false, scalar_t>(work, block);
+  } else {
+    work.training ? backward_block<false, true, scalar_t>(work, block)
+                  : backward_block<false, false, scalar_t>(work, block);
+  }
 }
 
 }  // namespace curvlab::norm_act::CURVLAB_CPU_CAPABILITY
