@@ -172,12 +172,16 @@ def measure(case: Case, *, rounds: int, seconds: float, budget: float) -> list[d
 
 
 def shares(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per case with a bar: ``{case, best, share, must, goal}``, share = our time / the best counted peer's."""
+    """Per case with a bar: ``{case, best, share, must, goal}``, share = our time / the best counted peer's.
+
+    Processor time at one thread; wall time at several, where the processor's is a sum that waiting threads add to.
+    """
     found = []
     for name in dict.fromkeys(row["case"] for row in rows if row["must"] is not None):
         counted = [row for row in rows if row["case"] == name and row["not_counted"] is None]
         if counted:
-            best = min(counted, key=lambda row: row["peer_ms"])
-            share = best["ours_ms"] / best["peer_ms"]
+            clock = "wall_ms" if counted[0].get("threads", 1) > 1 else "ms"
+            best = min(counted, key=lambda row: row[f"peer_{clock}"])
+            share = best[f"ours_{clock}"] / best[f"peer_{clock}"]
             found.append({"case": name, "best": best["peer"], "share": share, **{k: best[k] for k in ("must", "goal")}})
     return found

@@ -6,6 +6,8 @@
 #include "hvp/softmax_hessian_cpu.h"
 #include "hvp/tangent_backward_cpu.h"
 #include "hvp/tangent_forward_cpu.h"
+#include "norm_act/cpu_kernels.h"
+#include "norm_act/norm_act_cpu.h"
 #include "norms/multi_tensor_norms_cpu.h"
 #include "sparse_conv/strip_cpu.h"
 
@@ -23,3 +25,8 @@ namespace curvlab::sparse_conv {
 using namespace CURVLAB_CPU_CAPABILITY;
 const CpuKernels kCpuKernelsAvx512 = CURVLAB_SPARSE_CONV_KERNELS;
 }  // namespace curvlab::sparse_conv
+
+namespace curvlab::norm_act {
+using namespace CURVLAB_CPU_CAPABILITY;
+const CpuKernels kCpuKernelsAvx512 = CURVLAB_NORM_ACT_KERNELS;
+}  // namespace curvlab::norm_act

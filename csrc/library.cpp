@@ -49,6 +49,14 @@ TORCH_LIBRARY(curvlab, m) {
   m.def(
       "masked_conv2d_backward(Tensor x, Tensor grad, Tensor values, Tensor indices, int[] weight_shape, int[] stride, "
       "int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)");
+  // norm_act/: relu((x - mean) inv_std weight + bias), with `pool` its maximum over 2 x 2 windows; mean and inv_std
+  m.def(
+      "batch_norm_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "bool training, float momentum, float eps, bool pool) -> (Tensor, Tensor, Tensor)");
+  // norm_act/: the gradients by x, weight and bias
+  m.def(
+      "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor inv_std, "
+      "bool training, bool pool) -> (Tensor, Tensor, Tensor)");
   // common/: the instruction set whose CPU kernels run
   m.def("cpu_capability() -> str");
 }

@@ -144,8 +144,8 @@ PRESETS: dict[str, Config] = {
     ),
     "cpu": Config(
         seeds=3, image_seeds=2, num_train=10_000, epochs=8, rounds=10, compared_rounds=(7, 10), rewind_step=167,
-        rewound="one-shot", num_images=5_000, channels=8, image_epochs=10, kept=(0.2, 0.1), control_kept=(0.1,), image_rounds=0,
-        image_compared_rounds=(), image_rewind_step=40,
+        rewound="one-shot", num_images=5_000, channels=8, image_epochs=10, kept=(0.2, 0.1), control_kept=(0.1,),
+        image_rounds=0, image_compared_rounds=(), image_rewind_step=40,
     ),
     "paper": Config(),
 }  # fmt: skip

@@ -9,10 +9,13 @@
 
 namespace curvlab::sparse_conv {
 
-// What a strip is of: a block of images, and tile rows [t, t + tile_rows).
+// What a strip is of: a block of images, and tile rows [t, t + tile_rows); where strips are fewer than threads, only
+// one of `parts` ranges of destination channels.
 struct StripTask {
   std::int64_t first_image, images;
   std::int64_t t, tile_rows;
+  std::int64_t part, parts;
+  bool follows;  // the scratch still holds the strip above
 };
 
 // What all strips of a call share. Sizes of scratch in elements.

@@ -24,72 +24,88 @@ at::Tensor dense_weight(const at::Tensor& values, const at::Tensor& indices, at:
   return weight;
 }
 
+// A part of the batch with its plan.
+struct PlannedPart {
+  BatchPart part;
+  std::shared_ptr<const CpuPlan> plan;
+};
+
+// Empty where a strip's 32-bit offsets do not reach.
+std::vector<PlannedPart> plans(const char* op, const ConvWeight& weight, const at::Tensor& indices,
+                               at::IntArrayRef input_size, at::ScalarType type) {
+  std::vector<PlannedPart> planned;
+  for (const BatchPart& part : parts_of_batch(weight, input_size, type)) {
+    ConvWeight folded = weight;
+    if (part.columns != 0) folded.stride[0] = folded.stride[1] = 1;  // images are no pixels to step over
+    auto plan = find_plan(op, indices, folded, part.height(input_size[2]), part.width(input_size[3]), type);
+    if (plan == nullptr) return {};
+    planned.push_back({part, std::move(plan)});
+  }
+  return planned;
+}
+
 at::Tensor masked_conv2d_cpu(const at::Tensor& x, const at::Tensor& values, const at::Tensor& indices,
                              const OptionalTensor& bias, CURVLAB_CONV_PARAMETERS) {
   const CheckedConv checked = check_forward(x, values, indices, bias, CURVLAB_CONV_ARGUMENTS);
   check_dtype("masked_conv2d", x);
-  const auto plan = find_plan("masked_conv2d", indices, checked.weight, x.size(2), x.size(3), x.scalar_type());
-  if (plan == nullptr) {
+  at::Tensor out = at::empty(C10_AS_INTARRAYREF_SLOW(c10::SymIntArrayRef(checked.out_size)), x.options());
+  const auto planned = plans("masked_conv2d", checked.weight, indices, x.sizes(), x.scalar_type());
+  if (planned.empty()) {
     return at::convolution(x, dense_weight(values, indices, weight_shape), bias, stride, padding, dilation, false,
                            {0, 0}, groups)
         .contiguous();
   }
-  at::Tensor out = at::empty(C10_AS_INTARRAYREF_SLOW(c10::SymIntArrayRef(checked.out_size)), x.options());
-  if (out.numel() != 0) run_forward(*plan, x, values, given(bias) ? *bias : at::Tensor(), out);
+  if (out.numel() == 0) return out;
+  for (const auto& [part, plan] : planned) {
+    run_forward(*plan, part, x, values, given(bias) ? *bias : at::Tensor(), out);
+  }
   return out;
+}
+
+// gx and gv where they are wanted.
+std::tuple<at::Tensor, at::Tensor> gradients(const char* op, const ConvWeight& weight, const at::Tensor& x,
+                                             const at::Tensor& grad, const at::Tensor& values,
+                                             const at::Tensor& indices, at::IntArrayRef input_size, bool wants_x,
+                                             bool wants_values, CURVLAB_CONV_PARAMETERS) {
+  check_dtype(op, grad);
+  at::Tensor gx, gv;
+  const auto planned = plans(op, weight, indices, input_size, grad.scalar_type());
+  if (planned.empty()) {
+    const at::Tensor weight_or_zeros =
+        wants_x ? dense_weight(values, indices, weight_shape) : at::zeros(weight_shape, grad.options());
+    std::tie(gx, gv, std::ignore) = at::convolution_backward(
+        grad, wants_values ? x : at::empty(input_size, grad.options()), weight_or_zeros, std::nullopt, stride, padding,
+        dilation, false, {0, 0}, groups, {wants_x, wants_values, false});
+    return {wants_x ? gx.contiguous() : gx, wants_values ? gv.reshape(-1).index({indices}) : gv};
+  }
+  if (wants_x) gx = at::empty(input_size, grad.options());
+  if (wants_values) gv = at::zeros({indices.numel()}, grad.options());
+  if (grad.numel() == 0) return {wants_x ? gx.zero_() : gx, gv};
+  for (const auto& [part, plan] : planned) run_backward(*plan, part, x, grad, values, gx, gv);
+  return {gx, gv};
 }
 
 at::Tensor masked_conv2d_input_cpu(const at::Tensor& grad, const at::Tensor& values, const at::Tensor& indices,
                                    at::IntArrayRef input_size, CURVLAB_CONV_PARAMETERS) {
   const CheckedConv checked =
       check_input(grad, values, indices, c10::fromIntArrayRefSlow(input_size), CURVLAB_CONV_ARGUMENTS);
-  check_dtype("masked_conv2d_input", grad);
-  const auto plan =
-      find_plan("masked_conv2d_input", indices, checked.weight, input_size[2], input_size[3], grad.scalar_type());
-  if (plan == nullptr) {
-    return std::get<0>(at::convolution_backward(grad, at::empty(input_size, grad.options()),
-                                                dense_weight(values, indices, weight_shape), std::nullopt, stride,
-                                                padding, dilation, false, {0, 0}, groups, {true, false, false}))
-        .contiguous();
-  }
-  at::Tensor gx = at::empty(input_size, grad.options());
-  if (gx.numel() == 0) return gx;
-  if (grad.numel() == 0) return gx.zero_();
-  run_backward(*plan, {}, grad, values, gx, {});
-  return gx;
+  return std::get<0>(gradients("masked_conv2d_input", checked.weight, {}, grad, values, indices, input_size, true,
+                               false, CURVLAB_CONV_ARGUMENTS));
 }
 
 at::Tensor masked_conv2d_weight_cpu(const at::Tensor& x, const at::Tensor& grad, const at::Tensor& indices,
                                     CURVLAB_CONV_PARAMETERS) {
   const CheckedConv checked = check_weight(x, grad, indices, CURVLAB_CONV_ARGUMENTS);
-  check_dtype("masked_conv2d_weight", x);
-  const auto plan = find_plan("masked_conv2d_weight", indices, checked.weight, x.size(2), x.size(3), x.scalar_type());
-  if (plan == nullptr) {
-    return std::get<1>(at::convolution_backward(grad, x, at::zeros(weight_shape, x.options()), std::nullopt, stride,
-                                                padding, dilation, false, {0, 0}, groups, {false, true, false}))
-        .reshape(-1)
-        .index({indices});
-  }
-  at::Tensor gv = at::empty({indices.numel()}, x.options());
-  if (gv.numel() == 0) return gv;
-  if (grad.numel() == 0 || x.numel() == 0) return gv.zero_();
-  run_backward(*plan, x, grad, {}, {}, gv);
-  return gv;
+  return std::get<1>(gradients("masked_conv2d_weight", checked.weight, x, grad, {}, indices, x.sizes(), false, true,
+                               CURVLAB_CONV_ARGUMENTS));
 }
 
 std::tuple<at::Tensor, at::Tensor> masked_conv2d_backward_cpu(const at::Tensor& x, const at::Tensor& grad,
                                                               const at::Tensor& values, const at::Tensor& indices,
                                                               CURVLAB_CONV_PARAMETERS) {
   const CheckedConv checked = check_backward(x, grad, values, indices, CURVLAB_CONV_ARGUMENTS);
-  check_dtype("masked_conv2d_backward", x);
-  const auto plan = find_plan("masked_conv2d_backward", indices, checked.weight, x.size(2), x.size(3), x.scalar_type());
-  if (plan == nullptr || x.numel() == 0 || grad.numel() == 0 || indices.numel() == 0) {
-    return {masked_conv2d_input_cpu(grad, values, indices, x.sizes(), CURVLAB_CONV_ARGUMENTS),
-            masked_conv2d_weight_cpu(x, grad, indices, CURVLAB_CONV_ARGUMENTS)};
-  }
-  at::Tensor gx = at::empty(x.sizes(), x.options()), gv = at::empty({indices.numel()}, x.options());
-  run_backward(*plan, x, grad, values, gx, gv);
-  return {gx, gv};
+  return gradients("masked_conv2d_backward", checked.weight, x, grad, values, indices, x.sizes(), true, true,
+                   CURVLAB_CONV_ARGUMENTS);
 }
 
 }  // namespace

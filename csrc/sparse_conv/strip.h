@@ -44,9 +44,11 @@ struct Segment {
 // Entries ordered by block of source channels, so that a tile's window stays in L1; within a block destination channels
 // are ordered by their number of entries, so that the ends of their loops are predicted.
 struct EntryList {
-  const std::int32_t* offsets;      // of the entry's first vector from a tile's origin, in elements
-  const Segment* segments;          // the first and last block hold every destination, the others those with entries
-  const std::int32_t* block_begin;  // [blocks + 1] into segments
+  const std::int32_t* offsets;         // of the entry's first vector from a tile's origin, in elements
+  const Segment* segments;             // the first and last block hold every destination, the others those with entries
+  const std::int32_t* block_begin;     // [blocks + 1] into segments
+  const std::int64_t* entries_before;  // [dests + 1]: entries of the destinations before, to cut the work evenly
+  std::int64_t dests;
   std::int32_t blocks;
 };
 

@@ -31,41 +31,81 @@ static void unpack_tile(const StripPass& pass, const StripTask& task, std::int64
   scalar_t* to = static_cast<scalar_t*>(dest.data) + task.first_image * dest.image_stride +
                  channel * dest.channel_stride + (pass.first_row + t * pass.row_step) * dest.row_stride +
                  (pass.first_column + u * pass.column_step) * dest.column_stride;
-  if (pass.column_step == 1 && columns == dest.row_stride && pass.row_step == 1) {
+  const std::int64_t column_pitch = pass.column_step * dest.column_stride;
+  if (column_pitch == 1 && columns == dest.row_stride && pass.row_step == 1) {
     unpack_run(acc, rows * columns, to, dest.image_stride, task.images, pass.stream);
     return;
   }
   for (std::int64_t r = 0; r < rows; ++r, acc += columns * kWidth, to += pass.row_step * dest.row_stride) {
-    if (pass.column_step == 1) {
+    if (column_pitch == 1) {
       unpack_run(acc, columns, to, dest.image_stride, task.images, pass.stream);
       continue;
     }
     for (std::int64_t i = 0; i < task.images; ++i) {
       for (std::int64_t c = 0; c < columns; ++c) {
-        to[i * dest.image_stride + c * pass.column_step] = acc[c * kWidth + i];
+        to[i * dest.image_stride + c * column_pitch] = acc[c * kWidth + i];
       }
     }
   }
 }
 
+// A range of destination channels.
+struct Range {
+  std::int64_t begin, end;
+};
+
+// The task's part of a list: as many entries in each.
+static Range part_of(const EntryList& list, const StripTask& task) {
+  if (task.parts == 1) return {0, list.dests};
+  Range range{};
+  const std::int64_t total = list.entries_before[list.dests] + list.dests;  // a destination costs without entries, too
+  for (int side = 0; side < 2; ++side) {
+    const std::int64_t goal = total * (task.part + side) / task.parts;
+    std::int64_t low = 0, high = list.dests;  // the first destination before which lies the goal
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (list.entries_before[middle] + middle < goal) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    (side == 0 ? range.begin : range.end) = low;
+  }
+  return range;
+}
+
 // Every destination channel of one tile.
 template <class scalar_t>
-static void correlate_channels(const StripPass& pass, const StripTask& task, const scalar_t* x, std::int64_t row_pitch,
-                               std::int64_t t, std::int64_t u, std::int64_t rows, std::int64_t columns, scalar_t* acc) {
+static void correlate_channels(const StripPass& pass, const StripTask& task, const Range& range, const scalar_t* x,
+                               std::int64_t row_pitch, std::int64_t t, std::int64_t u, std::int64_t rows,
+                               std::int64_t columns, scalar_t* acc) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
   const EntryList& list = pass.list;
+  const PlaneView& dest = pass.dest;
   const auto correlate = TileTables<scalar_t>::correlate[rows - 1][columns - 1];
   const scalar_t* values = static_cast<const scalar_t*>(pass.values);
   const scalar_t* bias = static_cast<const scalar_t*>(pass.bias);
-  const std::int64_t acc_pitch = list.blocks == 1 ? 0 : kTile * Vectors<scalar_t>::kWidth;
+  // results whose channels follow one another are written when all channels are there
+  const bool at_end = dest.channel_stride == 1 && dest.column_stride != 1 && task.images == kWidth;
+  const std::int64_t acc_pitch = list.blocks == 1 && !at_end ? 0 : kTile * kWidth;
   for (std::int32_t block = 0; block < list.blocks; ++block) {
-    const bool last = block + 1 == list.blocks;
+    const bool unpack = block + 1 == list.blocks && !at_end;
     const Segment* end = list.segments + list.block_begin[block + 1];
     for (const Segment* segment = list.segments + list.block_begin[block]; segment < end; ++segment) {
+      if (segment->dest < range.begin || segment->dest >= range.end) continue;
       scalar_t* sums = acc + segment->dest * acc_pitch;
       correlate(x, row_pitch, list.offsets + segment->begin, values + segment->begin, segment->count, block > 0,
                 bias == nullptr ? scalar_t{0} : bias[segment->dest], sums);
-      if (last) unpack_tile(pass, task, segment->dest, t, u, rows, columns, sums);
+      if (unpack) unpack_tile(pass, task, segment->dest, t, u, rows, columns, sums);
     }
+  }
+  if (!at_end) return;
+  for (std::int64_t i = 0; i < rows * columns; ++i) {
+    scalar_t* to = static_cast<scalar_t*>(dest.data) + task.first_image * dest.image_stride +
+                   (pass.first_row + (t + i / columns) * pass.row_step) * dest.row_stride +
+                   (pass.first_column + (u + i % columns) * pass.column_step) * dest.column_stride;
+    unpack_channels(acc + i * kWidth, acc_pitch, range.begin, range.end, to, dest.image_stride);
   }
 }
 
@@ -76,9 +116,10 @@ static void run_pass(const StripPass& pass, const StripLayout& layout, const Str
   const TileShape shape = tile_shape(pass.columns);
   const std::int64_t row_pitch = layout.row_step * layout.row_pitch;
   const std::int64_t end = smaller_of(task.t + task.tile_rows, pass.rows);
+  const Range range = part_of(pass.list, task);
   for (std::int64_t t = task.t; t < end; t += shape.rows) {
     for (std::int64_t u = 0; u < pass.columns; u += shape.columns) {
-      correlate_channels(pass, task, packed + (t - task.t) * row_pitch + u * kWidth, row_pitch, t, u,
+      correlate_channels(pass, task, range, packed + (t - task.t) * row_pitch + u * kWidth, row_pitch, t, u,
                          smaller_of(shape.rows, end - t), smaller_of(shape.columns, pass.columns - u), acc);
     }
   }
@@ -95,6 +136,7 @@ static void run_dot(const StripDot& dot, const StripLayout& layout, const StripL
   const EntryList& list = dot.list;
   const std::int64_t row_pitch = layout.row_step * layout.row_pitch;
   const std::int64_t end = smaller_of(task.t + task.tile_rows, dot.rows);
+  const Range range = part_of(list, task);
   scalar_t* sums = static_cast<scalar_t*>(dot.sums);
   // the gradient's own origin (t = u = 0) inside its strip, which reaches further for the input gradient
   const scalar_t* origin =
@@ -106,7 +148,7 @@ static void run_dot(const StripDot& dot, const StripLayout& layout, const StripL
       const scalar_t* x = packed + (t - task.t) * row_pitch + u * kWidth;
       const scalar_t* grad = origin + (t - task.t) * grad_layout.row_pitch + u * kWidth;
       for (const Segment* segment = list.segments; segment < list.segments + list.block_begin[list.blocks]; ++segment) {
-        if (segment->count == 0) continue;
+        if (segment->count == 0 || segment->dest < range.begin || segment->dest >= range.end) continue;
         function(x, row_pitch, grad + segment->dest * grad_layout.channel_pitch, grad_layout.row_pitch,
                  list.offsets + segment->begin, segment->count, sums + segment->begin);
       }
@@ -118,7 +160,7 @@ template <class scalar_t>
 static void forward_strip(const StripTask& task, const StripWork& work, void* scratch) {
   scalar_t* acc = static_cast<scalar_t*>(scratch);
   scalar_t* packed = acc + work.acc_size;
-  pack_strip(work.x, work.x_layout, task.first_image, task.images, task.t, task.tile_rows, packed);
+  pack_strip(work.x, work.x_layout, task, packed);
   for (std::int64_t p = 0; p < work.passes; ++p) run_pass(work.pass[p], work.x_layout, task, packed, acc);
 }
 
@@ -127,11 +169,11 @@ template <class scalar_t>
 static void backward_strip(const StripTask& task, const StripWork& work, const StripDot* dot, void* scratch) {
   scalar_t* acc = static_cast<scalar_t*>(scratch);
   scalar_t* packed_grad = acc + work.acc_size;
-  pack_strip(work.grad, work.grad_layout, task.first_image, task.images, task.t, task.tile_rows, packed_grad);
+  pack_strip(work.grad, work.grad_layout, task, packed_grad);
   for (std::int64_t p = 0; p < work.passes; ++p) run_pass(work.pass[p], work.grad_layout, task, packed_grad, acc);
   if (dot == nullptr || task.t >= dot->rows) return;
   scalar_t* packed = packed_grad + work.grad_size;
-  pack_strip(work.x, work.x_layout, task.first_image, task.images, task.t, task.tile_rows, packed);
+  pack_strip(work.x, work.x_layout, task, packed);
   run_dot(*dot, work.x_layout, work.grad_layout, task, packed, packed_grad);
 }
 

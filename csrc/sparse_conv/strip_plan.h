@@ -14,10 +14,16 @@ namespace curvlab::sparse_conv {
 struct OwnedList {
   std::vector<std::int32_t> offsets, gather, block_begin;
   std::vector<Segment> segments;
+  std::vector<std::int64_t> entries_before;
   bool in_order = true;  // gather is 0, 1, 2, ...
 
   EntryList view() const {
-    return {offsets.data(), segments.data(), block_begin.data(), static_cast<std::int32_t>(block_begin.size()) - 1};
+    return {offsets.data(),
+            segments.data(),
+            block_begin.data(),
+            entries_before.data(),
+            static_cast<std::int64_t>(entries_before.size()) - 1,
+            static_cast<std::int32_t>(block_begin.size()) - 1};
   }
 };
 
@@ -40,6 +46,7 @@ struct CpuPlan {
 // What a plan needs to know of the kernels and of the elements.
 struct PlanTarget {
   std::int64_t lanes, tile, element_size;
+  std::int64_t cache_bytes;  // of L1
 };
 
 // Whether 32-bit offsets reach everywhere in a strip, and 32-bit positions in the values.

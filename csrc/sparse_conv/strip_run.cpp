@@ -5,9 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
+#include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "sparse_conv/cpu_kernels.h"
@@ -19,26 +20,37 @@ namespace {
 
 constexpr std::int64_t kStripBytes = 1536 * 1024;  // packed sources of a strip: most of a 2 MB L2 cache
 constexpr std::int64_t kStreamBytes = 4 << 20;     // larger results bypass the caches
+constexpr std::int64_t kFoldedColumns = 8;         // of BatchPart
 constexpr std::int64_t kPartials = 8;              // of the weight gradient
 
 int type_index(at::ScalarType type) { return type == at::kDouble ? 1 : 0; }
 
+// Of the first-level data cache.
+std::int64_t cache_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const std::int64_t found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (found > 0) return std::clamp<std::int64_t>(found, 16 * 1024, 128 * 1024);
+#endif
+  return 32 * 1024;
+}
+
 PlanTarget target_of(at::ScalarType type) {
   const CpuKernels& kernels = cpu_kernels();
   const int index = type_index(type);
-  return {kernels.lanes[index], kernels.tile, index == 1 ? 8 : 4};
+  return {kernels.lanes[index], kernels.tile, index == 1 ? 8 : 4, cache_bytes()};
 }
 
-PlaneView view_of(const at::Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()),
-          tensor.size(0),
-          tensor.size(1),
-          tensor.size(2),
-          tensor.size(3),
-          tensor.stride(0),
-          tensor.stride(1),
-          tensor.stride(2),
-          tensor.stride(3)};
+PlaneView view_of(const at::Tensor& tensor, const BatchPart& part) {
+  const std::int64_t lanes = cpu_kernels().lanes[type_index(tensor.scalar_type())], image = tensor.stride(0);
+  char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) +
+               part.first * image * static_cast<std::int64_t>(tensor.element_size());
+  if (part.columns == 0) {
+    return {data,  part.images,      tensor.size(1),   tensor.size(2),  tensor.size(3),
+            image, tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+  }
+  return {data,         lanes, tensor.size(1),   part.rows,
+          part.columns, image, tensor.stride(1), part.columns * lanes * image,
+          lanes * image};
 }
 
 void check_positions(const char* op, const at::Tensor& indices, std::int64_t elements) {
@@ -87,21 +99,27 @@ struct Cut {
 
   Cut(std::int64_t images, std::int64_t rows, std::int64_t bytes_per_row, std::int64_t lanes, std::int64_t tile_rows)
       : images(images), lanes(lanes), blocks((images + lanes - 1) / lanes) {
-    std::int64_t limit = kStripBytes;
-    if (const char* e = std::getenv("S1_STRIP")) limit = std::atoi(e) * 1024;
-    const std::int64_t most = std::max(limit / std::max<std::int64_t>(bytes_per_row, 1), tile_rows);
+    const std::int64_t most = std::max(kStripBytes / std::max<std::int64_t>(bytes_per_row, 1), tile_rows);
     strips = (rows + most - 1) / most;
     strip_rows = (rows + strips - 1) / strips;
-    strip_rows = (strip_rows + tile_rows - 1) / tile_rows * tile_rows;
+    strip_rows = std::min((strip_rows + tile_rows - 1) / tile_rows * tile_rows, rows);
     strips = (rows + strip_rows - 1) / strip_rows;
   }
 
   std::int64_t units() const { return blocks * strips; }
-  StripTask task(std::int64_t unit) const {
-    const std::int64_t first = unit / strips * lanes;
-    return {first, std::min(lanes, images - first), unit % strips * strip_rows, strip_rows};
+  // `first` of the units that this thread runs one after another.
+  StripTask task(std::int64_t unit, std::int64_t first, std::int64_t part, std::int64_t parts) const {
+    const std::int64_t image = unit / strips * lanes, strip = unit % strips;
+    return {image, std::min(lanes, images - image), strip * strip_rows, strip_rows, part,
+            parts, unit > first && strip > 0};
   }
 };
+
+// Ranges of destination channels for each of `units` tasks, so that every thread has work.
+std::int64_t parts_for(std::int64_t units) {
+  const std::int64_t threads = at::get_num_threads();
+  return units >= threads ? 1 : (threads + units - 1) / units;
+}
 
 std::int64_t tile_rows_of(std::int64_t columns, std::int64_t tile) {
   const std::int64_t tiles = std::max<std::int64_t>((columns + tile - 1) / tile, 1);
@@ -121,7 +139,7 @@ void add_partials(const OwnedList& list, const at::Tensor& partials, const at::T
   for (std::int64_t k = 0; k < entries; ++k) {
     scalar_t sum = 0;
     for (std::int64_t p = 0; p < count; ++p) sum += sums[p * entries + k];
-    to[list.gather[static_cast<std::size_t>(k)]] = sum;
+    to[list.gather[static_cast<std::size_t>(k)]] += sum;
   }
 }
 
@@ -153,8 +171,26 @@ std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indic
   });
 }
 
-void run_forward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& values, const at::Tensor& bias,
-                 const at::Tensor& out) {
+std::vector<BatchPart> parts_of_batch(const ConvWeight& weight, at::IntArrayRef input_size, at::ScalarType type) {
+  const std::int64_t images = input_size[0], lanes = cpu_kernels().lanes[type_index(type)];
+  const bool single =
+      weight.taps() == 1 && input_size[2] * input_size[3] == 1 && weight.padding[0] + weight.padding[1] == 0;
+  if (!single || images < lanes) return {{0, images, 0, 0}};
+  std::vector<BatchPart> parts;
+  const std::int64_t blocks = images / lanes, columns = kFoldedColumns;
+  std::int64_t first = 0;
+  if (blocks >= columns) parts.push_back({0, blocks / columns * columns * lanes, blocks / columns, columns});
+  if (!parts.empty()) first = parts.back().images;
+  if (blocks % columns != 0) {
+    parts.push_back({first, blocks % columns * lanes, 1, blocks % columns});
+    first += parts.back().images;
+  }
+  if (first < images) parts.push_back({first, images - first, 0, 0});
+  return parts;
+}
+
+void run_forward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& values,
+                 const at::Tensor& bias, const at::Tensor& out) {
   const CpuKernels& kernels = cpu_kernels();
   const int type = type_index(x.scalar_type());
   const std::int64_t element = x.element_size();
@@ -163,7 +199,7 @@ void run_forward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& val
   const StripPass pass{plan.forward.view(),
                        ordered.of(plan.forward),
                        bias_row.defined() ? bias_row.const_data_ptr() : nullptr,
-                       view_of(out),
+                       view_of(out, part),
                        0,
                        0,
                        1,
@@ -172,22 +208,25 @@ void run_forward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& val
                        plan.out_width,
                        out.numel() * element > kStreamBytes};
   StripWork work{};
-  work.x = view_of(x);
+  work.x = view_of(x, part);
   work.x_layout = plan.x_layout;
   work.pass = &pass;
   work.passes = 1;
   work.acc_size = acc_size(plan.weight.channels_out, kernels, type);
-  const Cut cut(x.size(0), plan.out_height, plan.x_layout.row_pitch * plan.x_layout.row_step * element,
+  const Cut cut(work.x.images, plan.out_height, plan.x_layout.row_pitch * plan.x_layout.row_step * element,
                 kernels.lanes[type], tile_rows_of(plan.out_width, kernels.tile));
   const std::int64_t elements = work.acc_size + plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch;
-  at::parallel_for(0, cut.units(), 1, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t units = cut.units(), parts = parts_for(units);
+  at::parallel_for(0, units * parts, 1, [&](std::int64_t begin, std::int64_t end) {
     void* scratch = Scratch::of_this_thread().get(static_cast<std::size_t>(elements * element));
-    for (std::int64_t unit = begin; unit < end; ++unit) kernels.forward[type](cut.task(unit), work, scratch);
+    for (std::int64_t i = begin; i < end; ++i) {
+      kernels.forward[type](cut.task(i % units, parts == 1 ? begin : i, i / units, parts), work, scratch);
+    }
   });
 }
 
-void run_backward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& grad, const at::Tensor& values,
-                  const at::Tensor& gx, const at::Tensor& gv) {
+void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& grad,
+                  const at::Tensor& values, const at::Tensor& gx, const at::Tensor& gv) {
   const CpuKernels& kernels = cpu_kernels();
   const int type = type_index(grad.scalar_type());
   const std::int64_t element = grad.element_size();
@@ -196,21 +235,21 @@ void run_backward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& gr
   if (gx.defined()) {
     ordered.emplace(values);
     for (const InputPass& pass : plan.input) {
-      passes.push_back({pass.list.view(), ordered->of(pass.list), nullptr, view_of(gx), pass.first_row,
+      passes.push_back({pass.list.view(), ordered->of(pass.list), nullptr, view_of(gx, part), pass.first_row,
                         pass.first_column, plan.weight.stride[0], plan.weight.stride[1], pass.rows, pass.columns,
                         gx.numel() * element > kStreamBytes});
     }
   }
   StripWork work{};
-  work.grad = view_of(grad);
+  work.grad = view_of(grad, part);
   work.grad_layout = plan.grad_layout;
-  if (gv.defined()) work.x = view_of(x);
+  if (gv.defined()) work.x = view_of(x, part);
   work.x_layout = plan.x_layout;
   work.pass = passes.data();
   work.passes = static_cast<std::int64_t>(passes.size());
   work.acc_size = acc_size(plan.weight.channels_in(), kernels, type);
   const std::int64_t x_row = gv.defined() ? plan.x_layout.row_pitch * plan.x_layout.row_step : 0;
-  const Cut cut(grad.size(0), gx.defined() ? plan.grad_rows : plan.out_height,
+  const Cut cut(work.grad.images, gx.defined() ? plan.grad_rows : plan.out_height,
                 (plan.grad_layout.row_pitch + x_row) * element, kernels.lanes[type],
                 tile_rows_of(plan.out_width, kernels.tile));
   work.grad_size = plan.grad_layout.rows(cut.strip_rows) * plan.grad_layout.row_pitch;
@@ -219,13 +258,16 @@ void run_backward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& gr
   const std::int64_t units = cut.units(), partials = std::min(units, kPartials);
   at::Tensor sums;
   if (gv.defined()) sums = at::zeros({partials, plan.entries}, grad.options());
-  at::parallel_for(0, partials, 1, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t parts = parts_for(partials);
+  at::parallel_for(0, partials * parts, 1, [&](std::int64_t begin, std::int64_t end) {
     void* scratch = Scratch::of_this_thread().get(bytes);
-    for (std::int64_t p = begin; p < end; ++p) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t p = i % partials, first = units * p / partials;
       StripDot dot{plan.forward.view(), nullptr, plan.out_height, plan.out_width};
       if (gv.defined()) dot.sums = static_cast<char*>(sums.mutable_data_ptr()) + p * plan.entries * element;
-      for (std::int64_t unit = units * p / partials; unit < units * (p + 1) / partials; ++unit) {
-        kernels.backward[type](cut.task(unit), work, gv.defined() ? &dot : nullptr, scratch);
+      for (std::int64_t unit = first; unit < units * (p + 1) / partials; ++unit) {
+        kernels.backward[type](cut.task(unit, first, i / partials, parts), work, gv.defined() ? &dot : nullptr,
+                               scratch);
       }
     }
   });

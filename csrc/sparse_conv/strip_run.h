@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <vector>
 
 #include "sparse_conv/strip_plan.h"
 
@@ -15,12 +16,25 @@ namespace curvlab::sparse_conv {
 std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& weight,
                                          std::int64_t height, std::int64_t width, at::ScalarType type);
 
-// out = conv(x, values) + bias; `bias` may be undefined.
-void run_forward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& values, const at::Tensor& bias,
-                 const at::Tensor& out);
+// Part of a batch. A layer of 1 x 1 planes (a linear one) has nothing to fill a tile's columns with: there images take
+// their place, `columns` blocks of a register's width in a row; 0: planes as they are.
+struct BatchPart {
+  std::int64_t first, images;
+  std::int64_t rows, columns;
 
-// The input gradient where `gx` is defined (it needs values), the weight gradient where `gv` is (it needs x).
-void run_backward(const CpuPlan& plan, const at::Tensor& x, const at::Tensor& grad, const at::Tensor& values,
-                  const at::Tensor& gx, const at::Tensor& gv);
+  std::int64_t height(std::int64_t planes) const { return columns == 0 ? planes : rows; }
+  std::int64_t width(std::int64_t planes) const { return columns == 0 ? planes : columns; }
+};
+
+std::vector<BatchPart> parts_of_batch(const ConvWeight& weight, at::IntArrayRef input_size, at::ScalarType type);
+
+// out = conv(x, values) + bias on a part; `bias` may be undefined.
+void run_forward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& values,
+                 const at::Tensor& bias, const at::Tensor& out);
+
+// The input gradient where `gx` is defined (it needs values), the weight gradient where `gv` is (it needs x), added to
+// what is there.
+void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& grad,
+                  const at::Tensor& values, const at::Tensor& gx, const at::Tensor& gv);
 
 }  // namespace curvlab::sparse_conv

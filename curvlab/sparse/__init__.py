@@ -13,6 +13,7 @@ from __future__ import annotations
 from curvlab.sparse import curvature as curvature  # registers
 from curvlab.sparse.controls import reinitialize, shuffle_layerwise
 from curvlab.sparse.criteria import global_magnitude, layerwise_magnitude, random_mask
+from curvlab.sparse.fusion import BatchNormReLU, fuse
 from curvlab.sparse.layers import MaskedConv2d, MaskedLinear
 from curvlab.sparse.mask import Mask
 from curvlab.sparse.prunable import prunable_weights
@@ -20,10 +21,12 @@ from curvlab.sparse.sensitivity import grasp, snip, synflow
 from curvlab.sparse.sparsify import densify, sparsify, update_mask
 
 __all__ = [
+    "BatchNormReLU",
     "Mask",
     "MaskedConv2d",
     "MaskedLinear",
     "densify",
+    "fuse",
     "global_magnitude",
     "grasp",
     "layerwise_magnitude",

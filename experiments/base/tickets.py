@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from curvlab.data import Dataset
 from curvlab.runs.store import Run, RunStore
-from curvlab.sparse import Mask, densify
+from curvlab.sparse import Mask, densify, fuse
 from curvlab.training.iterative_pruning import PruneLevel, prune_or_load
 from curvlab.training.loop import evaluate
 from curvlab.training.optimizers import make_step
@@ -36,7 +36,7 @@ Control = Literal["ticket", "rewind", "reinit", "shuffle", "random"]
 
 ROUND = 0.8  # kept share a round of iterative pruning
 TIMING_ROUNDS = 7
-TIMED = ("sparse", "masked dense", "dense")
+TIMED = ("sparse", "fused", "masked dense", "dense")
 WORDS = {
     "ticket": "ticket",
     "rewind": "late rewinding",
@@ -235,12 +235,16 @@ def step_seconds(model: nn.Module, mask: Mask, recipe: Recipe, data: Dataset) ->
     """Seconds of one training step (forward, backward, update) by engine: medians, engines alternating.
 
     ``sparse``: the layers that the network was trained with, path by path as :func:`curvlab.sparse.sparsify` chose.
+    ``fused``: the same, the layers between convolutions as one (:func:`curvlab.sparse.fuse`), where there are any.
     ``masked dense``: the usual way, dense weights whose gradients are multiplied by the mask. ``dense``: without it.
     Dense convolutions run channels-last, the faster layout. With one thread: processor time.
     """
     x, y = data.train_x[: recipe.batch_size], data.train_y[: recipe.batch_size]
     sparse = make_step(copy.deepcopy(model).train(), recipe)
     engines: dict[str, Callable[[], object]] = {"sparse": lambda: sparse(x, y, 0.0)}
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        fused = make_step(fuse(model).train(), recipe)
+        engines["fused"] = lambda: fused(x, y, 0.0)
     for name, keeps in (("masked dense", mask), ("dense", None)):
         twin = densify(model).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         engines[name] = dense_step(twin, recipe, x, y, keeps)

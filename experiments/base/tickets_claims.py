@@ -25,6 +25,7 @@ from experiments.base.settings import (
     gap,
     gap_controls,
     interval,
+    mean,
     no_worse,
     ratio,
     test_words,
@@ -176,7 +177,7 @@ def percent(kept: float) -> str:
 
 def loss_claim(found: Tickets, kept: float) -> Claim:
     """As written: one cut, rewound to the initial weights."""
-    margin = max(0.0, published_loss(kept)) + MARGIN
+    margin = round(max(0.0, published_loss(kept)) + MARGIN, 2)
     text = f"CNN: cut once to {percent(kept)}, the ticket tests no worse than the dense network (margin {margin:.2f})"
     pair = found.cell("cnn", "one-shot", "ticket", kept), dense("cnn")
     about = round(-published_loss(kept), 2)
@@ -373,6 +374,12 @@ def ticket_notes(found: Tickets) -> list[str]:
         "Times a step: forward, backward and update of one batch, medians of "
         "alternating calls; sparse layers against dense layers with masked gradients (channels-last) of the same mask.",
     ]
+    fitted = mean(found.rows, "train_accuracy", dense("cnn").where, factor=100)
+    if fitted is not None and fitted.value < 99:
+        notes.append(
+            f"The dense CNN ends at {fitted.value:.0f} % training accuracy here: what its tickets gain over the "
+            "controls is as much how fast a mask trains as how well it generalizes once trained."
+        )
     scaled = [words for network, words in found.protocol.items() if not found.faithful(network)]
     if scaled:
         notes.append(f"Scaled ({'; '.join(scaled)}): directions at best, whatever the intervals say.")

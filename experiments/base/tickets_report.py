@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from curvlab.runs import figures as draw
+from curvlab.runs.estimates import Estimate
 from curvlab.runs.tables import Table
 from experiments.base.rows import finals
 from experiments.base.settings import Gap, gap_table, geometric, interval, mean, values
-from experiments.base.tickets import Cell, decode_counts, dense
-from experiments.base.tickets_claims import NAMES, Tickets, layer_shares, published, step_times, time_ratio
+from experiments.base.tickets import TIMED, WORDS, Cell, decode_counts, dense
+from experiments.base.tickets_claims import NAMES, Tickets, layer_shares, percent, published, step_times, time_ratio
 
-STEP_ASIDE = 1.03  # factor between the arms' abscissas, that they do not hide each other
+STEP_ASIDE = 1.055  # factor between the arms' abscissas, that they do not hide each other
 DOTS = "Dots: seeds; markers: means with 95 % t intervals."
 CONVOLUTIONS = tuple(f"features.{place}.weight" for place in (0, 3, 7, 10, 14, 17))
 LAYERS = {
@@ -76,9 +78,9 @@ def accuracy_table(found: Tickets) -> Table:
             mean(found.rows, "test_accuracy", cell.where, factor=100),
             100 * statistics.stdev(tested) if len(tested) > 1 else None,
             interval(found.gap(cell, dense(cell.network))) if cell.pruning != "none" else None,
-            mean(found.rows, "train_accuracy", cell.where, factor=100),
+            _exact(mean(found.rows, "train_accuracy", cell.where, factor=100)),
             geometric(found.rows, "fit_loss", cell.where),
-            mean(found.rows, "early_stop_step", cell.where),
+            _exact(mean(found.rows, "early_stop_step", cell.where)),
             int(sum(values(found.rows, "diverged", cell.where))),
             round(found.seconds(cell), 1),
         ])  # fmt: skip
@@ -91,6 +93,14 @@ def accuracy_table(found: Tickets) -> Table:
         "seeds. The paper's numbers: CNN(32), 50,000 images, 60 epochs."
     )
     return Table("Accuracy by kept share", columns, lines, caption)
+
+
+def _exact(estimate: Estimate | None) -> Estimate | None:
+    """Without the rounding errors of an interval whose values are all the same: its length decides the digits shown."""
+    if estimate is None or not estimate.has_interval or estimate.high - estimate.low > 1e-9 * abs(estimate.value):
+        return estimate
+    value = float(f"{estimate.value:.10g}")
+    return replace(estimate, value=value, low=value, high=value)
 
 
 def ticket_gaps(found: Tickets) -> Table:
@@ -143,13 +153,14 @@ def time_table(found: Tickets) -> Table:
         saved = steps * (medians["masked dense"] - medians["sparse"])
         lines.append([
             NAMES[cell.network], cell.arm, round(100 * cell.kept, 2),
-            *(1e3 * medians[engine] for engine in ("sparse", "masked dense", "dense")),
+            *(1e3 * medians[engine] if engine in medians else None for engine in TIMED),
             time_ratio(found, cell), round(saved, 1),
         ])  # fmt: skip
-    columns = ["network", "arm", "kept %", "sparse ms", "masked dense ms", "dense ms", "masked / sparse", "saved s"]
+    columns = ["network", "arm", "kept %", *(f"{engine} ms" for engine in TIMED), "masked / sparse", "saved s"]
     caption = (
         "One training step (forward, backward, update) of one batch on this machine, beside the run: medians of "
-        "alternating calls, then over seeds; the ratio with a 95 % interval over the seeds' masks. Masked dense: dense "
+        "alternating calls, then over seeds; the ratio with a 95 % interval over the seeds' masks. Fused: sparse with "
+        "batch normalization, ReLU and pooling as one layer, where there are any. Masked dense: dense "
         "weights, channels-last, gradients multiplied by the mask. Saved: what the whole training of one network takes "
         "less than with masked dense weights; below 0 it takes longer."
     )
@@ -170,8 +181,8 @@ def ticket_figures(found: Tickets) -> list[draw.Figure]:
                     f"{DOTS}{papers} Arms of one share stand side by side around it; dotted line: the dense network.",
                     accuracy_figure(found, networks)),
         draw.Figure("layers", "What one global threshold keeps of each layer",
-                    "Kept share of each layer against that of all weights, tickets; means over seeds. Dotted line: the "
-                    "same share of all.", layers_figure(found, networks)),
+                    "Kept share of each layer of the tickets, one line a share of all weights. Dots: seeds; markers: "
+                    "means.", layers_figure(found, networks)),
     ]  # fmt: skip
     if "lenet" in networks:
         figures += pixel_figures(found)
@@ -184,33 +195,53 @@ def ticket_figures(found: Tickets) -> list[draw.Figure]:
 
 
 def accuracy_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigure:
-    """One panel a network."""
-    figure, panels = draw.new_figure(1, len(networks), size=(6.3 * len(networks), 4.4))
-    for axes, network in zip(panels, networks, strict=True):
-        arms = arms_of(found, network)
-        for series, (pruning, control) in enumerate(arms):
-            aside = STEP_ASIDE ** (series - (len(arms) - 1) / 2)
-            groups = {}
-            for kept in found.shares(network, pruning, control):
-                cell = found.cell(network, pruning, control, kept)
-                if cell is not None and (tested := values(found.rows, "test_accuracy", cell.where)):
-                    groups[100 * kept * aside] = [100 * value for value in tested]
-                    label = cell.arm
+    """One panel a network and way to prune; a control has one color in all."""
+    shown = [
+        (n, p) for n in networks for p in ("one-shot", "iterative") if any(arm[0] == p for arm in arms_of(found, n))
+    ]
+    figure, panels = draw.new_figure(1, len(shown), size=(4.6 * len(shown), 4.4))
+    for axes, (network, pruning) in zip(panels, shown, strict=True):
+        controls = [control for way, control in arms_of(found, network) if way == pruning]
+        for place, control in enumerate(controls):
+            aside = STEP_ASIDE ** (place - (len(controls) - 1) / 2)
+            groups = arm_values(found, network, pruning, control, "test_accuracy", factor=100, aside=aside)
             if groups:
-                draw.plot_groups(axes, groups, series=series, label=label)
+                draw.plot_groups(axes, groups, series=list(WORDS).index(control), label=WORDS[control])
         ticks = _kept_axis(axes, found, network)
         base = mean(found.rows, "test_accuracy", dense(network).where, factor=100)
         if base is not None:
             draw.plot_guide(axes, [min(ticks), 100], [base.value, base.value], label="dense")
-        if network == "cnn" and found.as_written:
+        if (network, pruning) == ("cnn", "one-shot") and found.as_written:
             shares = [kept for kept in (1.0, *found.shares("cnn", "one-shot")) if published(kept) is not None]
             draw.plot_published(axes, [100 * kept for kept in shares], [published(kept) or 0.0 for kept in shares],
                                 label="paper")  # fmt: skip
-        draw.set_axes(axes, title=NAMES[network], xlabel="weights kept (%)", ylabel="test accuracy (%)", log_x=True,
-                      x_ticks=ticks)  # fmt: skip
+        draw.set_axes(axes, title=f"{NAMES[network]}, {pruning}", xlabel="weights kept (%)", ylabel="test accuracy (%)",
+                      log_x=True, x_ticks=ticks)  # fmt: skip
         axes.invert_xaxis()
         draw.add_legend(axes, loc="lower left")
+    same_heights(panels, [network for network, _ in shown])
     return figure
+
+
+def arm_values(
+    found: Tickets, network: str, pruning: str, control: str, metric: str, *, factor: float = 1.0, aside: float = 1.0
+) -> dict[float, list[float]]:
+    """Kept percent -> the seeds' values of one arm."""
+    groups: dict[float, list[float]] = {}
+    for kept in found.shares(network, pruning, control):
+        cell = found.cell(network, pruning, control, kept)
+        if cell is not None and (measured := values(found.rows, metric, cell.where)):
+            groups[100 * kept * aside] = [factor * value for value in measured]
+    return groups
+
+
+def same_heights(panels: Sequence[Axes], networks: Sequence[str]) -> None:
+    """Panels of one network share their ordinate."""
+    for network in set(networks):
+        own = [axes for axes, name in zip(panels, networks, strict=True) if name == network]
+        limits = [axes.get_ylim() for axes in own]
+        for axes in own:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
 def _kept_axis(axes: Axes, found: Tickets, network: str) -> list[float]:
@@ -225,28 +256,31 @@ def _kept_axis(axes: Axes, found: Tickets, network: str) -> list[float]:
 
 
 def layers_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigure:
-    """Lines of layers; one panel a network."""
+    """Kept share along the layers, one line a share of all; one panel a network."""
     figure, panels = draw.new_figure(1, len(networks), size=(5.2 * len(networks), 4.0))
     for axes, network in zip(panels, networks, strict=True):
         pruning = "iterative" if network == "lenet" else "one-shot"
         shares = found.shares(network, pruning)
-        by_share = {
-            kept: layer_shares(found, cell)
-            for kept in shares
-            if (cell := found.cell(network, pruning, "ticket", kept)) is not None
-        }
-        for series, (layer, label) in enumerate(zip(LAYERS[network], LAYER_NAMES[network], strict=True)):
-            line = {100 * kept: list(of[layer].values()) for kept, of in by_share.items() if of.get(layer)}
-            if line:
-                means = {x: [100 * statistics.mean(ys)] for x, ys in line.items()}
-                draw.plot_groups(axes, means, series=series, label=label)
-        ticks = _kept_axis(axes, found, network)
-        draw.plot_guide(axes, [min(ticks), 100], [min(ticks), 100])
-        draw.set_axes(axes, title=f"{NAMES[network]}, {pruning}", xlabel="all weights kept (%)",
-                      ylabel="the layer's weights kept (%)", log_x=True, log_y=True, x_ticks=ticks)  # fmt: skip
-        axes.invert_xaxis()
-        draw.add_legend(axes, loc="lower left", ncols=2)
+        places = sorted({round(place) for place in np.linspace(0, len(shares) - 1, min(5, len(shares)))})
+        for series, kept in enumerate([shares[place] for place in places]):
+            cell = found.cell(network, pruning, "ticket", kept)
+            by_layer = layer_shares(found, cell) if cell is not None else {}
+            line = {
+                float(x): [100 * share for share in by_layer[layer].values()]
+                for x, layer in enumerate(LAYERS[network])
+                if by_layer.get(layer)
+            }
+            if line:  # two seeds' t intervals reach beyond 100 %: the dots say more
+                means = {x: _alone(statistics.mean(of), len(of)) for x, of in line.items()}
+                draw.plot_groups(axes, line, series=series, label=f"{percent(kept)} of all", intervals=means)
+        draw.set_axes(axes, title=f"{NAMES[network]}, {pruning}", ylabel="the layer's weights kept (%)", log_y=True)
+        axes.set_xticks(range(len(LAYERS[network])), LAYER_NAMES[network])
+        draw.add_legend(axes)
     return figure
+
+
+def _alone(value: float, n: int) -> Estimate:
+    return Estimate(value, math.nan, math.nan, n, "mean, no interval")
 
 
 def pixel_figures(found: Tickets) -> list[draw.Figure]:
@@ -276,12 +310,14 @@ def pixel_figures(found: Tickets) -> list[draw.Figure]:
 def early_stop_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigure:
     """Early stop by kept share; time of masked dense over sparse."""
     figure, (left, right) = draw.new_figure(1, 2, size=(10.8, 4.0))
-    for series, (pruning, control) in enumerate(arms_of(found, "lenet")):
-        cells = [found.cell("lenet", pruning, control, kept) for kept in found.shares("lenet", pruning, control)]
-        groups = {100 * c.kept: stops for c in cells if c and (stops := values(found.rows, "early_stop_step", c.where))}
-        label = next((c.arm for c in cells if c), "")
+    # Those of one cut are near those of rounds, and in the table.
+    arms = [arm for arm in arms_of(found, "lenet") if arm[0] == "iterative" or arm[1] == "random"]
+    for place, (pruning, control) in enumerate(arms):
+        aside = STEP_ASIDE ** (place - (len(arms) - 1) / 2)
+        groups = arm_values(found, "lenet", pruning, control, "early_stop_step", aside=aside)
         if groups and min(min(stops) for stops in groups.values()) > 0:
-            draw.plot_groups(left, groups, series=series, label=label, geometric=True)
+            words, series = f"{pruning}, {WORDS[control]}", list(WORDS).index(control)
+            draw.plot_groups(left, groups, series=series, label=words, geometric=True)
     ticks = _kept_axis(left, found, "lenet")
     base = geometric(found.rows, "early_stop_step", dense("lenet").where)
     if base is not None:
