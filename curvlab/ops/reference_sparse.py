@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,8 @@ def masked_conv2d_input(
 ) -> Tensor:
     """As ``curvlab.ops.sparse_conv.masked_conv2d_input``."""
     weight = dense_weight(values, indices, weight_shape)
-    return conv2d_input(tuple(input_size), weight, grad, _pair(stride), _pair(padding), _pair(dilation), groups)
+    geometry: Any = (_pair(stride), _pair(padding), _pair(dilation))  # torch annotates pairs as int
+    return conv2d_input(tuple(input_size), weight, grad, *geometry, groups)
 
 
 def masked_conv2d_weight(
@@ -73,7 +75,8 @@ def masked_conv2d_weight(
     groups: int = 1,
 ) -> Tensor:
     """As ``curvlab.ops.sparse_conv.masked_conv2d_weight``."""
-    dense = conv2d_weight(x, tuple(weight_shape), grad, _pair(stride), _pair(padding), _pair(dilation), groups)
+    geometry: Any = (_pair(stride), _pair(padding), _pair(dilation))
+    dense = conv2d_weight(x, tuple(weight_shape), grad, *geometry, groups)
     return dense.reshape(-1)[indices]
 
 
