@@ -60,7 +60,7 @@ def masked_conv2d_input(
     """As ``curvlab.ops.sparse_conv.masked_conv2d_input``."""
     weight = dense_weight(values, indices, weight_shape)
     geometry: Any = (_pair(stride), _pair(padding), _pair(dilation))  # torch annotates pairs as int
-    return conv2d_input(tuple(input_size), weight, grad, *geometry, groups)
+    return conv2d_input(tuple(input_size), weight, grad, *geometry, groups=groups)
 
 
 def masked_conv2d_weight(
@@ -76,7 +76,7 @@ def masked_conv2d_weight(
 ) -> Tensor:
     """As ``curvlab.ops.sparse_conv.masked_conv2d_weight``."""
     geometry: Any = (_pair(stride), _pair(padding), _pair(dilation))
-    dense = conv2d_weight(x, tuple(weight_shape), grad, *geometry, groups)
+    dense = conv2d_weight(x, tuple(weight_shape), grad, *geometry, groups=groups)
     return dense.reshape(-1)[indices]
 
 
