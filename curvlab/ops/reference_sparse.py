@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,11 @@ Pair = int | Sequence[int]
 
 def _pair(value: Pair) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _pairs(stride: Pair, padding: Pair, dilation: Pair) -> dict[str, Any]:
+    """For conv2d_input and conv2d_weight, whose annotations say int."""
+    return {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation)}
 
 
 def dense_weight(values: Tensor, indices: Tensor, weight_shape: Sequence[int]) -> Tensor:
@@ -58,7 +64,7 @@ def masked_conv2d_input(
 ) -> Tensor:
     """As ``curvlab.ops.sparse_conv.masked_conv2d_input``."""
     weight = dense_weight(values, indices, weight_shape)
-    return conv2d_input(tuple(input_size), weight, grad, _pair(stride), _pair(padding), _pair(dilation), groups)
+    return conv2d_input(tuple(input_size), weight, grad, **_pairs(stride, padding, dilation), groups=groups)
 
 
 def masked_conv2d_weight(
@@ -73,7 +79,7 @@ def masked_conv2d_weight(
     groups: int = 1,
 ) -> Tensor:
     """As ``curvlab.ops.sparse_conv.masked_conv2d_weight``."""
-    dense = conv2d_weight(x, tuple(weight_shape), grad, _pair(stride), _pair(padding), _pair(dilation), groups)
+    dense = conv2d_weight(x, tuple(weight_shape), grad, **_pairs(stride, padding, dilation), groups=groups)
     return dense.reshape(-1)[indices]
 
 
