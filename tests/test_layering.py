@@ -43,6 +43,7 @@ CSRC_MAY_INCLUDE = (
     "torch/extension.h",
     "torch/csrc/",
     "pybind11/",
+    "sys/mman.h",
     "common/",
     "cuda",
     "sys/mman.h",

@@ -23,6 +23,11 @@ def _pair(value: Pair) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def _pairs(stride: Pair, padding: Pair, dilation: Pair) -> dict[str, Any]:
+    """For conv2d_input and conv2d_weight, whose annotations say int."""
+    return {"stride": _pair(stride), "padding": _pair(padding), "dilation": _pair(dilation)}
+
+
 def dense_weight(values: Tensor, indices: Tensor, weight_shape: Sequence[int]) -> Tensor:
     """The weight ``[C_out, C_in / groups, kH, kW]``: ``values`` at the flat positions ``indices``, zeros elsewhere."""
     return values.new_zeros(math.prod(weight_shape)).index_put((indices,), values).view(tuple(weight_shape))
@@ -59,8 +64,7 @@ def masked_conv2d_input(
 ) -> Tensor:
     """As ``curvlab.ops.sparse_conv.masked_conv2d_input``."""
     weight = dense_weight(values, indices, weight_shape)
-    geometry: Any = (_pair(stride), _pair(padding), _pair(dilation))  # torch annotates pairs as int
-    return conv2d_input(tuple(input_size), weight, grad, *geometry, groups=groups)
+    return conv2d_input(tuple(input_size), weight, grad, **_pairs(stride, padding, dilation), groups=groups)
 
 
 def masked_conv2d_weight(
@@ -75,8 +79,7 @@ def masked_conv2d_weight(
     groups: int = 1,
 ) -> Tensor:
     """As ``curvlab.ops.sparse_conv.masked_conv2d_weight``."""
-    geometry: Any = (_pair(stride), _pair(padding), _pair(dilation))
-    dense = conv2d_weight(x, tuple(weight_shape), grad, *geometry, groups=groups)
+    dense = conv2d_weight(x, tuple(weight_shape), grad, **_pairs(stride, padding, dilation), groups=groups)
     return dense.reshape(-1)[indices]
 
 

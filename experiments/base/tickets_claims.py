@@ -313,10 +313,15 @@ def step_times(found: Tickets, cell: Cell) -> dict[str, dict[int, float]]:
     return {engine: by_seed(found.rows, "step_seconds", engine=engine, **cell.where) for engine in engines}
 
 
-def time_ratio(found: Tickets, cell: Cell, above_engine: str = "masked dense") -> Estimate | None:
-    """Seconds a step of ``above_engine`` over the sparse layers', seed by seed."""
+def fastest(times: Mapping[str, Mapping[int, float]]) -> Mapping[int, float]:
+    """Of the sparse engines: layers between fused where there are any."""
+    return times.get("fused") or times.get("sparse", {})
+
+
+def time_ratio(found: Tickets, cell: Cell) -> Estimate | None:
+    """Seconds a step of masked dense layers over the sparse ones', seed by seed."""
     times = step_times(found, cell)
-    ours, theirs = times.get("sparse", {}), times.get(above_engine, {})
+    ours, theirs = fastest(times), times.get("masked dense", {})
     seeds = sorted(set(ours) & set(theirs))
     return geometric_mean_interval([theirs[seed] / ours[seed] for seed in seeds]) if seeds else None
 
@@ -328,7 +333,8 @@ def speed_claim(found: Tickets, network: str) -> Claim:
     cell = found.cell(network, pruning, "ticket", kept)
     measured = None if cell is None else time_ratio(found, cell)
     text = f"{NAMES[network]}: at {percent(kept)} a training step on sparse layers is faster than on masked dense ones"
-    note = found.note(network, "masked dense time / sparse time, whole step; interval over masks")
+    fused = ", layers between convolutions fused" if network == "cnn" else ""
+    note = found.note(network, f"masked dense time / sparse time, whole step{fused}; interval over masks")
     verdict = cap(above(measured, 1.0), found.faithful(network))
     claim = Claim(f"{network}_speed", text, "no gain (masks)", measured, verdict, "×", cost_seconds=found.seconds(cell),
                   note=note)  # fmt: skip
