@@ -115,7 +115,7 @@ def _masked_conv(builder: Builder, node: Any, module: MaskedConv2d) -> None:
         builder.new_slot(),
         values,
         builder.parameter(node, "bias"),
-        kernel=module.kernel_size,  # type: ignore[arg-type]
+        shape=tuple(module.weight_shape),
         stride=module.stride,  # type: ignore[arg-type]
         padding=module.inner_padding,
         dilation=module.dilation,  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ __all__ = ["KrylovSpace"]
 MAX_PANEL = 8  # with 4, 18 products of an MLP of 1.9 M parameters took 3.5 % longer; with 16 no less
 SHRINKING = 1e-2  # measured loss of orthogonality from which on the panel gets shorter
 AGAIN = 0.5  # share of a row's norm beyond which rounding of the part removed is left in it: a second pass follows
-CAREFUL = 0.3  # the same for the part of a row that is new, beside the rows cleaned together with it
+CAREFUL = 0.5  # the same for the part of a row that is new, beside the rows cleaned together with it
 LOST = 0.3  # loss of orthogonality foreseen from which on a row is cleaned before it is multiplied
 TINY = np.finfo(float).tiny
 
