@@ -63,3 +63,14 @@ def test_curvature_benchmark() -> None:
         for subject, cell in zip(("MLP", "CNN", "ResNet-20"), shown, strict=True):
             found = [s["share"] for s in measured if s["case"].startswith(f"{subject}, N") and s["case"].endswith(case)]
             assert cell == (f"{found[0]:.2f}" if found else ""), (line, subject)
+
+
+def test_sparse_benchmark() -> None:
+    faster = {s["case"]: f"{1 / s['share']:.2f}×" for s in shares(rows("sparse-1-thread.json"))}
+    for layer in ("64 → 64 @32²", "64 → 128 @16²", "128 → 256 @8²", "linear 4096 → 256"):
+        cells = [faster[f"{layer}, {zeros} % zeros, uniform"] for zeros in (80, 90, 95, 98)]
+        assert f"| {layer} | " + " | ".join(cells) + " |" in README
+    for name, kind in (("layer-wise masks", "uniform"), ("one global threshold", "global")):
+        step = "training step, CNN(32)+BN, batch 128"
+        cells = [faster[f"{step}, {kind} masks, {kept} % kept"] for kept in (10, 5)]
+        assert f"| CNN(32)+BN, {name} | | " + " | ".join(cells) + " | |" in README
