@@ -9,7 +9,7 @@
 
 namespace curvlab::sparse_conv {
 
-// What a strip is of: a block of images, and tile rows [t, t + tile_rows); where strips are fewer than threads, only
+// What a strip is of: images that share registers, and tile rows [t, t + tile_rows) of their blocks; where strips are fewer than threads, only
 // one of `parts` ranges of destination channels.
 struct StripTask {
   std::int64_t first_image, images;
@@ -20,6 +20,7 @@ struct StripTask {
 
 // What all strips of a call share. Sizes of scratch in elements.
 struct StripWork {
+  LaneGrid grid;
   PlaneView x, grad;
   StripLayout x_layout, grad_layout;
   const StripPass* pass;
@@ -28,7 +29,8 @@ struct StripWork {
 };
 
 struct CpuKernels {       // [float32, float64]
-  std::int64_t lanes[2];  // images of a block
+  std::int64_t lanes[2];  // of a register
+  bool fast_blocks[2];    // blocks of planes are packed and unpacked as fast as images
   std::int64_t tile;      // vectors of results in registers
   void (*forward[2])(const StripTask&, const StripWork&, void* scratch);
   void (*backward[2])(const StripTask&, const StripWork&, const StripDot*, void* scratch);

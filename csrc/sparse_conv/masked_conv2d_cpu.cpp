@@ -37,7 +37,7 @@ std::vector<PlannedPart> plans(const char* op, const ConvWeight& weight, const a
   for (const BatchPart& part : parts_of_batch(weight, input_size, type)) {
     ConvWeight folded = weight;
     if (part.columns != 0) folded.stride[0] = folded.stride[1] = 1;  // images are no pixels to step over
-    auto plan = find_plan(op, indices, folded, part.height(input_size[2]), part.width(input_size[3]), type);
+    auto plan = find_plan(op, indices, folded, part.height(input_size[2]), part.width(input_size[3]), part.grid, type);
     if (plan == nullptr) return {};
     planned.push_back({part, std::move(plan)});
   }

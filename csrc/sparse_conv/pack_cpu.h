@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between tensors and the scratch of a strip: one block of images, a lane each. Included by cpu_<isa>.cpp only.
+// Between tensors and the scratch of a strip whose lanes are whole images. Included by cpu_<isa>.cpp only.
 #pragma once
 
 #include <cstdint>
@@ -136,29 +136,20 @@ static void clear_borders(const PlaneView& x, const StripLayout& layout, std::in
   }
 }
 
-// Packs the task's images and the rows that its tile rows read. Rows that the strip above read too are moved: packing
-// them again took a fifth of the time, and lower strips keep both sources in L2.
+// Packs rows [first_row, first_row + rows) of the task's images.
 template <class scalar_t>
-static void pack_strip(const PlaneView& x, const StripLayout& layout, const StripTask& task, scalar_t* scratch) {
+static void pack_images(const PlaneView& x, const StripLayout& layout, const StripTask& task, std::int64_t first_row,
+                        std::int64_t rows, scalar_t* scratch) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   const PackedColumns columns{layout, kWidth};
-  const std::int64_t first_image = task.first_image, images = task.images;
-  std::int64_t first_row = task.t * layout.row_step + layout.first_row, rows = layout.rows(task.tile_rows);
-  const std::int64_t kept = layout.reach_rows - layout.row_step;
-  if (task.follows && kept > 0) {
-    memmove(scratch, scratch + task.tile_rows * layout.row_step * layout.row_pitch,
-            static_cast<std::size_t>(kept * layout.row_pitch) * sizeof(scalar_t));
-    first_row += kept;
-    rows -= kept;
-    scratch += kept * layout.row_pitch;
-  }
+  const std::int64_t images = task.images;
   PackedPart part{larger_of(first_row, 0), smaller_of(first_row + rows, x.height), larger_of(layout.first_column, 0),
                   smaller_of(layout.first_column + layout.columns, x.width)};
   if (part.row_end < part.row_begin) part.row_end = part.row_begin;
   if (part.column_end < part.column_begin) part.column_end = part.column_begin;
   clear_borders(x, layout, first_row, rows, part, scratch);
   if (part.row_end == part.row_begin || part.column_end == part.column_begin) return;
-  const scalar_t* source = static_cast<const scalar_t*>(x.data) + first_image * x.image_stride;
+  const scalar_t* source = static_cast<const scalar_t*>(x.data) + task.first_image * x.image_stride;
   scalar_t* to = scratch + (part.row_begin - first_row) * layout.row_pitch;
   const bool dense_rows = x.column_stride == 1 && x.row_stride == x.width;
   if (images == kWidth && dense_rows && (part.row_end - part.row_begin) * x.width >= kWidth) {

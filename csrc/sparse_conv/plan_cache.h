@@ -15,7 +15,7 @@
 
 namespace curvlab::sparse_conv {
 
-using PlanKey = std::array<std::int64_t, 16>;
+using PlanKey = std::array<std::int64_t, 18>;
 
 template <class Plan>
 class PlanCache {

@@ -27,7 +27,8 @@ void finish_layout(StripLayout& layout, const PlanTarget& target) {
   layout.row_pitch = lines * line;
 }
 
-StripLayout source_of_forward(const ConvWeight& w, std::int64_t out_width, const PlanTarget& target) {
+// `columns` of the output that a block has.
+StripLayout source_of_forward(const ConvWeight& w, std::int64_t columns, const PlanTarget& target) {
   StripLayout layout{};
   layout.channels = w.channels_in();
   layout.row_step = w.stride[0];
@@ -35,7 +36,7 @@ StripLayout source_of_forward(const ConvWeight& w, std::int64_t out_width, const
   layout.first_row = -w.padding[0];
   layout.first_column = -w.padding[1];
   layout.reach_rows = (w.kernel[0] - 1) * w.dilation[0] + 1;
-  layout.columns = (out_width - 1) * w.stride[1] + (w.kernel[1] - 1) * w.dilation[1] + 1;
+  layout.columns = (columns - 1) * w.stride[1] + (w.kernel[1] - 1) * w.dilation[1] + 1;
   finish_layout(layout, target);
   return layout;
 }
@@ -51,7 +52,9 @@ Reach reach_of_input(const ConvWeight& w, int axis) {
   return {std::min<std::int64_t>(first, 0), std::max<std::int64_t>(last, 0)};
 }
 
-StripLayout source_of_input(const ConvWeight& w, std::int64_t width, std::int64_t out_width, const PlanTarget& target) {
+// `columns` of a phase of the input and `out_columns` of the output that a block has.
+StripLayout source_of_input(const ConvWeight& w, std::int64_t columns_of_phase, std::int64_t out_columns,
+                            const PlanTarget& target) {
   const Reach rows = reach_of_input(w, 0), columns = reach_of_input(w, 1);
   StripLayout layout{};
   layout.channels = w.channels_out;
@@ -59,7 +62,7 @@ StripLayout source_of_input(const ConvWeight& w, std::int64_t width, std::int64_
   layout.first_row = rows.first;
   layout.first_column = columns.first;
   layout.reach_rows = rows.last - rows.first + 1;
-  layout.columns = std::max(ceil_div(width, w.stride[1]) - 1 + columns.last, out_width - 1) - columns.first + 1;
+  layout.columns = std::max(columns_of_phase - 1 + columns.last, out_columns - 1) - columns.first + 1;
   finish_layout(layout, target);
   return layout;
 }
@@ -143,7 +146,8 @@ OwnedList forward_list(const CpuPlan& plan, const std::int64_t* indices, const P
   }
   const double per_dest =
       static_cast<double>(plan.entries) / static_cast<double>(std::max<std::int64_t>(w.channels_out, 1));
-  const std::int64_t block = block_channels(layout, plan.out_width, w.channels_in_group, per_dest, w.kernel[1], target);
+  const std::int64_t columns = std::min(plan.out_width, plan.grid.block_columns);
+  const std::int64_t block = block_channels(layout, columns, w.channels_in_group, per_dest, w.kernel[1], target);
   return make_list(std::move(entries), w.channels_out, layout.channels, block);
 }
 
@@ -171,8 +175,8 @@ InputPass input_pass(const CpuPlan& plan, std::int64_t phase_row, std::int64_t p
   const std::int64_t channels = w.channels_in();
   const double per_dest =
       static_cast<double>(entries.size()) / static_cast<double>(std::max<std::int64_t>(channels, 1));
-  const std::int64_t block =
-      block_channels(layout, pass.columns, w.channels_out / w.groups, per_dest, w.kernel[1], target);
+  const std::int64_t columns = std::min(pass.columns, plan.grid.block_columns);
+  const std::int64_t block = block_channels(layout, columns, w.channels_out / w.groups, per_dest, w.kernel[1], target);
   pass.list = make_list(std::move(entries), channels, layout.channels, block);
   return pass;
 }
@@ -183,15 +187,15 @@ bool plan_fits(const ConvWeight& weight, std::int64_t height, std::int64_t width
                const PlanTarget& target) {
   constexpr std::int64_t kMost = INT32_MAX;
   if (nonzeros > kMost || weight.channels_out > kMost || weight.channels_in() > kMost) return false;
-  const std::int64_t out_width = output_size(weight, width, 1);
+  const std::int64_t out_width = output_size(weight, width, 1);  // no block is wider
   const StripLayout x = source_of_forward(weight, out_width, target);
-  const StripLayout grad = source_of_input(weight, width, out_width, target);
+  const StripLayout grad = source_of_input(weight, ceil_div(width, weight.stride[1]), out_width, target);
   (void)height;
   return x.row_pitch < kMost / x.reach_rows && grad.row_pitch < kMost / grad.reach_rows;
 }
 
-CpuPlan make_plan(const ConvWeight& weight, std::int64_t height, std::int64_t width, const std::int64_t* indices,
-                  std::int64_t nonzeros, const PlanTarget& target) {
+CpuPlan make_plan(const ConvWeight& weight, std::int64_t height, std::int64_t width, const LaneGrid& grid,
+                  const std::int64_t* indices, std::int64_t nonzeros, const PlanTarget& target) {
   CpuPlan plan;
   plan.weight = weight;
   plan.height = height;
@@ -199,9 +203,15 @@ CpuPlan make_plan(const ConvWeight& weight, std::int64_t height, std::int64_t wi
   plan.out_height = output_size(weight, height, 0);
   plan.out_width = output_size(weight, width, 1);
   plan.entries = nonzeros;
-  plan.x_layout = source_of_forward(weight, plan.out_width, target);
-  plan.grad_layout = source_of_input(weight, width, plan.out_width, target);
+  const std::int64_t columns_of_phase = ceil_div(width, weight.stride[1]);
   plan.grad_rows = std::max(ceil_div(height, weight.stride[0]), plan.out_height);
+  plan.grid = grid;
+  plan.grid.block_rows = ceil_div(plan.grad_rows, grid.rows);
+  plan.grid.block_columns = ceil_div(std::max(columns_of_phase, plan.out_width), grid.columns);
+  const std::int64_t out_columns = std::min(plan.grid.block_columns, plan.out_width);
+  plan.x_layout = source_of_forward(weight, out_columns, target);
+  plan.grad_layout =
+      source_of_input(weight, std::min(plan.grid.block_columns, columns_of_phase), out_columns, target);
   plan.forward = forward_list(plan, indices, target);
   for (std::int64_t row = 0; row < std::min(weight.stride[0], height); ++row) {
     for (std::int64_t column = 0; column < std::min(weight.stride[1], width); ++column) {

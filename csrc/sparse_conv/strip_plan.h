@@ -35,6 +35,7 @@ struct InputPass {
 
 struct CpuPlan {
   ConvWeight weight;
+  LaneGrid grid;
   std::int64_t height, width, out_height, out_width;
   std::int64_t entries;
   StripLayout x_layout, grad_layout;
@@ -53,7 +54,8 @@ struct PlanTarget {
 bool plan_fits(const ConvWeight& weight, std::int64_t height, std::int64_t width, std::int64_t nonzeros,
                const PlanTarget& target);
 
-CpuPlan make_plan(const ConvWeight& weight, std::int64_t height, std::int64_t width, const std::int64_t* indices,
-                  std::int64_t nonzeros, const PlanTarget& target);
+// `grid`: its blocks are those of the plan, whatever the argument's.
+CpuPlan make_plan(const ConvWeight& weight, std::int64_t height, std::int64_t width, const LaneGrid& grid,
+                  const std::int64_t* indices, std::int64_t nonzeros, const PlanTarget& target);
 
 }  // namespace curvlab::sparse_conv

@@ -93,12 +93,12 @@ class OrderedValues {
   std::vector<at::Tensor> gathered_;
 };
 
-// How a batch is cut into strips.
+// How a batch is cut into strips: so many images together, of rows of their blocks.
 struct Cut {
-  std::int64_t images, lanes, blocks, strips, strip_rows;
+  std::int64_t images, together, groups, strips, strip_rows;
 
-  Cut(std::int64_t images, std::int64_t rows, std::int64_t bytes_per_row, std::int64_t lanes, std::int64_t tile_rows)
-      : images(images), lanes(lanes), blocks((images + lanes - 1) / lanes) {
+  Cut(std::int64_t images, std::int64_t rows, std::int64_t bytes_per_row, std::int64_t together, std::int64_t tile_rows)
+      : images(images), together(together), groups((images + together - 1) / together) {
     const std::int64_t most = std::max(kStripBytes / std::max<std::int64_t>(bytes_per_row, 1), tile_rows);
     strips = (rows + most - 1) / most;
     strip_rows = (rows + strips - 1) / strips;
@@ -106,11 +106,11 @@ struct Cut {
     strips = (rows + strip_rows - 1) / strip_rows;
   }
 
-  std::int64_t units() const { return blocks * strips; }
+  std::int64_t units() const { return groups * strips; }
   // `first` of the units that this thread runs one after another.
   StripTask task(std::int64_t unit, std::int64_t first, std::int64_t part, std::int64_t parts) const {
-    const std::int64_t image = unit / strips * lanes, strip = unit % strips;
-    return {image, std::min(lanes, images - image), strip * strip_rows, strip_rows, part,
+    const std::int64_t image = unit / strips * together, strip = unit % strips;
+    return {image, std::min(together, images - image), strip * strip_rows, strip_rows, part,
             parts, unit > first && strip > 0};
   }
 };
@@ -124,6 +124,41 @@ std::int64_t parts_for(std::int64_t units) {
 std::int64_t tile_rows_of(std::int64_t columns, std::int64_t tile) {
   const std::int64_t tiles = std::max<std::int64_t>((columns + tile - 1) / tile, 1);
   return std::clamp<std::int64_t>(tile / std::max<std::int64_t>((columns + tiles - 1) / tiles, 1), 1, 4);
+}
+
+// Whether every position of the input has one of the output: only then may planes be cut into blocks, as the weight
+// gradient would else multiply zeros by what no output reads (infinities there would give NaN).
+bool maps_planes_to_planes(const ConvWeight& weight, std::int64_t height, std::int64_t width) {
+  const std::int64_t out_height = output_size(weight, height, 0), out_width = output_size(weight, width, 1);
+  return (height + weight.stride[0] - 1) / weight.stride[0] == out_height &&
+         (width + weight.stride[1] - 1) / weight.stride[1] == out_width;
+}
+
+// Blocks that pack at full speed: columns of eight, or of whole lines, without steps; else images alone.
+LaneGrid fast_grid(const ConvWeight& weight, std::int64_t height, std::int64_t width, std::int64_t lanes) {
+  const bool steps = weight.stride[0] != 1 || weight.stride[1] != 1;
+  for (const std::int64_t side : {4, 2}) {
+    if (lanes % (side * side) != 0 || steps || height % side != 0 || width % side != 0) continue;
+    const std::int64_t columns = width / side;
+    if (columns == 8 || columns % 16 == 0) return {lanes / (side * side), side, side, 0, 0};
+  }
+  return {lanes, 1, 1, 0, 0};
+}
+
+// As many blocks as planes divide into, for fewer images than lanes.
+LaneGrid grid_of_few(const ConvWeight& weight, std::int64_t height, std::int64_t width, std::int64_t images,
+                     std::int64_t lanes) {
+  const std::int64_t out_height = output_size(weight, height, 0), out_width = output_size(weight, width, 1);
+  LaneGrid best{lanes, 1, 1, 0, 0};
+  if (!maps_planes_to_planes(weight, height, width)) return best;
+  for (std::int64_t rows = 1; rows <= lanes; rows *= 2) {
+    for (std::int64_t columns = 1; rows * columns <= lanes; columns *= 2) {
+      if (out_height % rows != 0 || out_width % columns != 0) continue;
+      const std::int64_t held = lanes / (rows * columns);
+      if (held >= images && held < best.images) best = {held, rows, columns, 0, 0};
+    }
+  }
+  return best;
 }
 
 std::int64_t acc_size(std::int64_t channels, const CpuKernels& kernels, int type) {
@@ -146,7 +181,8 @@ void add_partials(const OwnedList& list, const at::Tensor& partials, const at::T
 }  // namespace
 
 std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& weight,
-                                         std::int64_t height, std::int64_t width, at::ScalarType type) {
+                                         std::int64_t height, std::int64_t width, const LaneGrid& grid,
+                                         at::ScalarType type) {
   static PlanCache<CpuPlan> cache;
   const PlanTarget target = target_of(type);
   if (!plan_fits(weight, height, width, indices.numel(), target)) return nullptr;
@@ -163,29 +199,41 @@ std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indic
                     weight.groups,
                     height,
                     width,
-                    type_index(type)};
+                    type_index(type),
+                    grid.images,
+                    grid.rows,
+                    grid.columns};
   return cache.get(indices, key, [&] {
     const at::Tensor positions = indices.contiguous();
     check_positions(op, positions, weight.elements());
-    return make_plan(weight, height, width, positions.const_data_ptr<std::int64_t>(), positions.numel(), target);
+    return make_plan(weight, height, width, grid, positions.const_data_ptr<std::int64_t>(), positions.numel(), target);
   });
 }
 
 std::vector<BatchPart> parts_of_batch(const ConvWeight& weight, at::IntArrayRef input_size, at::ScalarType type) {
-  const std::int64_t images = input_size[0], lanes = cpu_kernels().lanes[type_index(type)];
-  const bool single =
-      weight.taps() == 1 && input_size[2] * input_size[3] == 1 && weight.padding[0] + weight.padding[1] == 0;
-  if (!single || images < lanes) return {{0, images, 0, 0}};
+  const CpuKernels& kernels = cpu_kernels();
+  const std::int64_t images = input_size[0], height = input_size[2], width = input_size[3];
+  const std::int64_t lanes = kernels.lanes[type_index(type)];
+  const LaneGrid whole{lanes, 1, 1, 0, 0};
   std::vector<BatchPart> parts;
-  const std::int64_t blocks = images / lanes, columns = kFoldedColumns;
   std::int64_t first = 0;
-  if (blocks >= columns) parts.push_back({0, blocks / columns * columns * lanes, blocks / columns, columns});
-  if (!parts.empty()) first = parts.back().images;
-  if (blocks % columns != 0) {
-    parts.push_back({first, blocks % columns * lanes, 1, blocks % columns});
-    first += parts.back().images;
+  if (weight.taps() == 1 && height * width == 1 && weight.padding[0] + weight.padding[1] == 0) {
+    const std::int64_t blocks = images / lanes, columns = kFoldedColumns;
+    if (blocks >= columns) parts.push_back({0, blocks / columns * columns * lanes, blocks / columns, columns, whole});
+    if (!parts.empty()) first = parts.back().images;
+    if (blocks % columns != 0) {
+      parts.push_back({first, blocks % columns * lanes, 1, blocks % columns, whole});
+      first += parts.back().images;
+    }
+  } else {
+    const bool fast = kernels.fast_blocks[type_index(type)] && maps_planes_to_planes(weight, height, width);
+    const LaneGrid grid = fast ? fast_grid(weight, height, width, lanes) : whole;
+    first = images / grid.images * grid.images;
+    if (first > 0) parts.push_back({0, first, 0, 0, grid});
   }
-  if (first < images) parts.push_back({first, images - first, 0, 0});
+  if (first < images || images == 0) {
+    parts.push_back({first, images - first, 0, 0, grid_of_few(weight, height, width, images - first, lanes)});
+  }
   return parts;
 }
 
@@ -208,13 +256,16 @@ void run_forward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x
                        plan.out_width,
                        out.numel() * element > kStreamBytes};
   StripWork work{};
+  work.grid = plan.grid;
   work.x = view_of(x, part);
   work.x_layout = plan.x_layout;
   work.pass = &pass;
   work.passes = 1;
   work.acc_size = acc_size(plan.weight.channels_out, kernels, type);
-  const Cut cut(work.x.images, plan.out_height, plan.x_layout.row_pitch * plan.x_layout.row_step * element,
-                kernels.lanes[type], tile_rows_of(plan.out_width, kernels.tile));
+  const LaneGrid& grid = plan.grid;
+  const Cut cut(work.x.images, std::min(plan.out_height, grid.block_rows),
+                plan.x_layout.row_pitch * plan.x_layout.row_step * element, grid.images,
+                tile_rows_of(std::min(plan.out_width, grid.block_columns), kernels.tile));
   const std::int64_t elements = work.acc_size + plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch;
   const std::int64_t units = cut.units(), parts = parts_for(units);
   at::parallel_for(0, units * parts, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -241,6 +292,7 @@ void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& 
     }
   }
   StripWork work{};
+  work.grid = plan.grid;
   work.grad = view_of(grad, part);
   work.grad_layout = plan.grad_layout;
   if (gv.defined()) work.x = view_of(x, part);
@@ -249,9 +301,10 @@ void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& 
   work.passes = static_cast<std::int64_t>(passes.size());
   work.acc_size = acc_size(plan.weight.channels_in(), kernels, type);
   const std::int64_t x_row = gv.defined() ? plan.x_layout.row_pitch * plan.x_layout.row_step : 0;
-  const Cut cut(work.grad.images, gx.defined() ? plan.grad_rows : plan.out_height,
-                (plan.grad_layout.row_pitch + x_row) * element, kernels.lanes[type],
-                tile_rows_of(plan.out_width, kernels.tile));
+  const LaneGrid& grid = plan.grid;
+  const Cut cut(work.grad.images, std::min(gx.defined() ? plan.grad_rows : plan.out_height, grid.block_rows),
+                (plan.grad_layout.row_pitch + x_row) * element, grid.images,
+                tile_rows_of(std::min(plan.out_width, grid.block_columns), kernels.tile));
   work.grad_size = plan.grad_layout.rows(cut.strip_rows) * plan.grad_layout.row_pitch;
   const std::int64_t x_size = gv.defined() ? plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch : 0;
   const std::size_t bytes = static_cast<std::size_t>((work.acc_size + work.grad_size + x_size) * element);

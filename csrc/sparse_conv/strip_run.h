@@ -14,13 +14,15 @@ namespace curvlab::sparse_conv {
 
 // The plan of (indices, geometry), or null where 32-bit offsets do not reach. Checks indices when it makes one.
 std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& weight,
-                                         std::int64_t height, std::int64_t width, at::ScalarType type);
+                                         std::int64_t height, std::int64_t width, const LaneGrid& grid,
+                                         at::ScalarType type);
 
-// Part of a batch. A layer of 1 x 1 planes (a linear one) has nothing to fill a tile's columns with: there images take
-// their place, `columns` blocks of a register's width in a row; 0: planes as they are.
+// Part of a batch, with what its lanes hold. A layer of 1 x 1 planes (a linear one) has nothing to fill a tile's columns
+// with: there images take their place, `columns` registers of them in a row; 0: planes as they are.
 struct BatchPart {
   std::int64_t first, images;
   std::int64_t rows, columns;
+  LaneGrid grid;  // its blocks are left to the plan
 
   std::int64_t height(std::int64_t planes) const { return columns == 0 ? planes : rows; }
   std::int64_t width(std::int64_t planes) const { return columns == 0 ? planes : columns; }

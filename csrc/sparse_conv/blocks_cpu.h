@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between tensors and the scratch of a strip whose lanes are blocks of planes (LaneGrid). Included by cpu_<isa>.cpp only.
+#pragma once
+
+#include <cstdint>
+
+#include "sparse_conv/cpu_kernels.h"
+#include "sparse_conv/pack_cpu.h"
+#include "sparse_conv/strip.h"
+#include "sparse_conv/tiles_cpu.h"
+#include "sparse_conv/transpose_cpu.h"
+
+namespace curvlab::sparse_conv::CURVLAB_CPU_CAPABILITY {
+
+// Where a lane's block lies: its image and the steps to it from block (0, 0).
+struct LanePlace {
+  std::int64_t image, row, column;  // row and column of the grid
+};
+
+inline __attribute__((always_inline)) LanePlace place_of(const LaneGrid& grid, int lane) {
+  const int rows = static_cast<int>(grid.rows), columns = static_cast<int>(grid.columns);
+  return {lane / (rows * columns), lane / columns % rows, lane % columns};
+}
+
+// Lanes moved by one block to the right (`side` -1) or left (1); zeros come in from outside the planes.
+template <class scalar_t>
+CURVLAB_INLINE void shift_blocks(const scalar_t* from, const LaneGrid& grid, int side, scalar_t* to) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const std::int64_t end = side < 0 ? 0 : grid.columns - 1;
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+  if constexpr (kWidth == 16) {
+    // lanes of the grid's last or first column, in which every grid.columns-th bit is set; a power of two
+    const unsigned every = grid.columns == 1 ? 0xffff : grid.columns == 2 ? 0x5555 : grid.columns == 4 ? 0x1111
+                           : grid.columns == 8 ? 0x0101 : 0x0001;
+    const __mmask16 inside = static_cast<__mmask16>(~(every << end));
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i source = _mm512_add_epi32(lanes, _mm512_set1_epi32(side));
+    _mm512_storeu_ps(to, _mm512_maskz_permutexvar_ps(inside, source, _mm512_loadu_ps(from)));
+    return;
+  }
+#endif
+  for (int lane = 0; lane < kWidth; ++lane) to[lane] = lane % grid.columns == end ? 0 : from[lane + side];
+}
+
+constexpr std::int64_t kRowsAtOnce = 16;        // packed rows whose lanes' sources are looked up together
+constexpr std::int64_t kMostBlockColumns = 64;  // of planes that are packed four columns at a time
+
+// Sources of the lanes of packed rows: pointers into a channel, or zeros that no step leaves.
+template <class scalar_t>
+struct LaneSources {
+  static constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  alignas(64) scalar_t zeros[kMostBlockColumns];
+  const scalar_t* base[kRowsAtOnce][kWidth];
+  std::int64_t channel_stride[kRowsAtOnce][kWidth];
+
+  LaneSources() { memset(zeros, 0, sizeof zeros); }
+
+  void look_up(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
+               std::int64_t first_row, std::int64_t rows) {
+    for (int lane = 0; lane < kWidth; ++lane) {
+      const LanePlace place = place_of(grid, lane);
+      const scalar_t* block = static_cast<const scalar_t*>(x.data) +
+                              (task.first_image + place.image) * x.image_stride +
+                              place.column * grid.block_columns * layout.column_step * x.column_stride;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t row = first_row + r + place.row * grid.block_rows * layout.row_step;
+        const bool there = place.image < task.images && row >= 0 && row < x.height;
+        base[r][lane] = there ? block + row * x.row_stride : zeros;
+        channel_stride[r][lane] = there ? x.channel_stride : 0;
+      }
+    }
+  }
+};
+
+// Whether blocks tile the plane's columns, four of which can be taken at a time, and halos come from the next block.
+inline bool blocks_tile_rows(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid) {
+  const std::int64_t last = layout.first_column + layout.columns;
+  return x.column_stride == 1 && layout.column_step == 1 && grid.columns * grid.block_columns == x.width &&
+         grid.block_columns >= 4 && grid.block_columns <= kMostBlockColumns && layout.first_column <= 0 &&
+         -layout.first_column <= grid.block_columns && last >= grid.block_columns && last <= 2 * grid.block_columns;
+}
+
+template <class scalar_t>
+static void pack_block_rows(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
+                            std::int64_t first_row, std::int64_t rows, scalar_t* scratch) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const std::int64_t width = grid.block_columns, left = -layout.first_column, right = layout.columns - left - width;
+  // of lanes beside each other, those in one line of 64 bytes; the channel after the next one
+  const int shared = grid.columns % 2 == 0 && width * sizeof(scalar_t) <= 32 ? 2 : 1;
+  const std::int64_t ahead = 2 * x.channel_stride;
+  LaneSources<scalar_t> sources;
+  for (std::int64_t r0 = 0; r0 < rows; r0 += kRowsAtOnce) {
+    const std::int64_t count = smaller_of(kRowsAtOnce, rows - r0);
+    sources.look_up(x, layout, grid, task, first_row + r0, count);
+    for (std::int64_t channel = 0; channel < x.channels; ++channel) {
+      for (std::int64_t r = 0; r < count; ++r) {
+        const scalar_t* lanes[kWidth];
+        for (int lane = 0; lane < kWidth; ++lane) {
+          lanes[lane] = sources.base[r][lane] + channel * sources.channel_stride[r][lane];
+        }
+        for (int lane = 0; lane < kWidth; lane += shared) prefetch_far(lanes[lane], ahead);
+        scalar_t* to = scratch + (r0 + r) * layout.row_pitch + channel * layout.channel_pitch + left * kWidth;
+        for (std::int64_t column = 0; column < width; column += 4) {
+          const std::int64_t at = smaller_of(column, width - 4);  // the last ones look back
+          transpose_four<scalar_t>(lanes, at, to + at * kWidth);
+        }
+        for (std::int64_t c = -left; c < 0; ++c) shift_blocks(to + (width + c) * kWidth, grid, -1, to + c * kWidth);
+        for (std::int64_t c = width; c < width + right; ++c) {
+          shift_blocks(to + (c - width) * kWidth, grid, 1, to + c * kWidth);
+        }
+      }
+    }
+  }
+}
+
+// Any strides and steps.
+template <class scalar_t>
+static void pack_block_lanes(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
+                             std::int64_t first_row, std::int64_t rows, scalar_t* scratch) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const PackedColumns columns{layout, kWidth};
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const LanePlace place = place_of(grid, lane);
+    const std::int64_t ahead = place.column * grid.block_columns * layout.column_step;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t row = first_row + r + place.row * grid.block_rows * layout.row_step;
+      const bool there = place.image < task.images && row >= 0 && row < x.height;
+      for (std::int64_t channel = 0; channel < x.channels; ++channel) {
+        const scalar_t* from = static_cast<const scalar_t*>(x.data);
+        if (there) {
+          from += (task.first_image + place.image) * x.image_stride + row * x.row_stride + channel * x.channel_stride;
+        }
+        scalar_t* to = scratch + r * layout.row_pitch + channel * layout.channel_pitch + lane;
+        for (std::int64_t c = layout.first_column; c < layout.first_column + layout.columns; ++c) {
+          const std::int64_t column = c + ahead;
+          to[columns.at(c)] = there && column >= 0 && column < x.width ? from[column * x.column_stride] : scalar_t{0};
+        }
+      }
+    }
+  }
+}
+
+// Packs rows [first_row, first_row + rows), counted from block row 0, of the task's images.
+template <class scalar_t>
+static void pack_blocks(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
+                        std::int64_t first_row, std::int64_t rows, scalar_t* scratch) {
+  if (blocks_tile_rows(x, layout, grid)) {
+    pack_block_rows(x, layout, grid, task, first_row, rows, scratch);
+  } else {
+    pack_block_lanes(x, layout, grid, task, first_row, rows, scratch);
+  }
+}
+
+// ---- results: acc [rows][columns][lanes] of one destination channel
+// What the tiles of a pass share: where the lanes' results lie, from lane 0's on.
+template <class scalar_t>
+struct LaneResults {
+  static constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  std::int64_t row_pitch, column_pitch;  // from result to result
+  std::int64_t offset[kWidth];
+  std::int64_t rows[kWidth], columns[kWidth];  // results that a lane has: those of the last blocks may be fewer
+  bool whole;                                  // every block lies inside its plane, every image is there
+  bool streams;                                // whole lines are aligned
+
+  LaneResults(const StripPass& pass, const LaneGrid& grid, const StripTask& task)
+      : row_pitch(pass.row_step * pass.dest.row_stride), column_pitch(pass.column_step * pass.dest.column_stride) {
+    const PlaneView& dest = pass.dest;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      const LanePlace place = place_of(grid, lane);
+      offset[lane] = place.image * dest.image_stride + place.row * grid.block_rows * row_pitch +
+                     place.column * grid.block_columns * column_pitch;
+      rows[lane] = place.image < task.images ? pass.rows - place.row * grid.block_rows : 0;
+      columns[lane] = pass.columns - place.column * grid.block_columns;
+    }
+    whole = task.images == grid.images && grid.rows * grid.block_rows == pass.rows &&
+            grid.columns * grid.block_columns == pass.columns;
+    const std::int64_t steps = dest.image_stride | dest.channel_stride | grid.block_rows * row_pitch | row_pitch |
+                               (grid.block_columns % 16 == 0 ? grid.block_columns : 0);
+    streams = pass.stream && reinterpret_cast<std::uintptr_t>(dest.data) % 64 == 0 &&
+              steps * static_cast<std::int64_t>(sizeof(scalar_t)) % 64 == 0;
+  }
+};
+
+template <class scalar_t>
+static void unpack_lanes(const scalar_t* acc, const LaneResults<scalar_t>& results, std::int64_t t, std::int64_t u,
+                         std::int64_t rows, std::int64_t columns, scalar_t* to) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const std::int64_t rows_there = smaller_of(rows, results.rows[lane] - t);
+    const std::int64_t columns_there = smaller_of(columns, results.columns[lane] - u);
+    scalar_t* out = to + results.offset[lane];
+    for (std::int64_t r = 0; r < rows_there; ++r) {
+      for (std::int64_t c = 0; c < columns_there; ++c) {
+        out[r * results.row_pitch + c * results.column_pitch] = acc[(r * columns + c) * kWidth + lane];
+      }
+    }
+  }
+}
+
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+// Sixteen results of every lane as whole lines: `columns` of one block's row follow one another, and the rows of the
+// blocks beside it.
+template <int columns, bool stream>
+CURVLAB_INLINE void unpack_lines(const float* acc, const LaneResults<float>& results, float* to) {
+  __m512 r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(acc + 16 * i);
+  transpose_quarters(r);  // r[4 g + c], quarter q: results 4 g .. 4 g + 3 of lane 4 q + c
+#pragma GCC unroll 4
+  for (int m = 0; m < 4; ++m) {
+    // the four pieces of a line: of one lane, of two lanes beside each other, or of four
+    constexpr int kAcross = 16 / columns;                        // lanes of a line
+    const int lane = kAcross == 1 ? m : kAcross == 2 ? 2 * (m % 2) : 0;  // the first, of four
+    const int row = kAcross == 1 ? 0 : kAcross == 2 ? m / 2 : m;
+    __m512 rows[4];
+    if constexpr (kAcross == 1) {
+      regroup_quarters(r[lane], r[4 + lane], r[8 + lane], r[12 + lane], rows);
+    } else if constexpr (kAcross == 2) {
+      regroup_quarters(r[8 * row + lane], r[8 * row + 4 + lane], r[8 * row + lane + 1], r[8 * row + 4 + lane + 1], rows);
+    } else {
+      regroup_quarters(r[4 * row], r[4 * row + 1], r[4 * row + 2], r[4 * row + 3], rows);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      store_floats<stream>(to + results.offset[4 * q + lane] + row * results.row_pitch, rows[q]);
+    }
+  }
+}
+
+template <bool stream>
+static bool unpack_whole_lines(const float* acc, const LaneResults<float>& results, const LaneGrid& grid,
+                               std::int64_t columns, float* to) {
+  if (columns == 16) {
+    unpack_lines<16, stream>(acc, results, to);
+  } else if (columns == 8 && grid.block_columns == 8 && grid.columns % 2 == 0) {
+    unpack_lines<8, stream>(acc, results, to);
+  } else if (columns == 4 && grid.block_columns == 4 && grid.columns % 4 == 0) {
+    unpack_lines<4, stream>(acc, results, to);
+  } else {
+    return false;
+  }
+  return true;
+}
+#endif
+
+// `to`: lane 0's first result of the tile.
+template <class scalar_t>
+static void unpack_blocks(const LaneResults<scalar_t>& results, const LaneGrid& grid, std::int64_t t, std::int64_t u,
+                          std::int64_t rows, std::int64_t columns, const scalar_t* acc, scalar_t* to) {
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(scalar_t) == sizeof(float)) {
+    if (rows * columns == 16 && results.column_pitch == 1 && results.whole) {
+      if (results.streams ? unpack_whole_lines<true>(acc, results, grid, columns, to)
+                          : unpack_whole_lines<false>(acc, results, grid, columns, to)) {
+        return;
+      }
+    }
+  }
+#endif
+  unpack_lanes(acc, results, t, u, rows, columns, to);
+}
+
+}  // namespace curvlab::sparse_conv::CURVLAB_CPU_CAPABILITY
