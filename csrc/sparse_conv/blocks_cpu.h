@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between tensors and the scratch of a strip whose lanes are blocks of planes (LaneGrid). Included by cpu_<isa>.cpp only.
+// Between tensors and the scratch of a strip whose lanes are blocks of planes (LaneGrid). Included by cpu_<isa>.cpp
+// only.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,11 @@ CURVLAB_INLINE void shift_blocks(const scalar_t* from, const LaneGrid& grid, int
 #if defined(CURVLAB_CPU_CAPABILITY_AVX512)
   if constexpr (kWidth == 16) {
     // lanes of the grid's last or first column, in which every grid.columns-th bit is set; a power of two
-    const unsigned every = grid.columns == 1 ? 0xffff : grid.columns == 2 ? 0x5555 : grid.columns == 4 ? 0x1111
-                           : grid.columns == 8 ? 0x0101 : 0x0001;
+    const unsigned every = grid.columns == 1   ? 0xffff
+                           : grid.columns == 2 ? 0x5555
+                           : grid.columns == 4 ? 0x1111
+                           : grid.columns == 8 ? 0x0101
+                                               : 0x0001;
     const __mmask16 inside = static_cast<__mmask16>(~(every << end));
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i source = _mm512_add_epi32(lanes, _mm512_set1_epi32(side));
@@ -42,8 +46,7 @@ CURVLAB_INLINE void shift_blocks(const scalar_t* from, const LaneGrid& grid, int
   for (int lane = 0; lane < kWidth; ++lane) to[lane] = lane % grid.columns == end ? 0 : from[lane + side];
 }
 
-constexpr std::int64_t kRowsAtOnce = 16;        // packed rows whose lanes' sources are looked up together
-constexpr std::int64_t kMostBlockColumns = 64;  // of planes that are packed four columns at a time
+constexpr std::int64_t kRowsAtOnce = 16;  // packed rows whose lanes' sources are looked up together
 
 // Sources of the lanes of packed rows: pointers into a channel, or zeros that no step leaves.
 template <class scalar_t>
@@ -59,8 +62,7 @@ struct LaneSources {
                std::int64_t first_row, std::int64_t rows) {
     for (int lane = 0; lane < kWidth; ++lane) {
       const LanePlace place = place_of(grid, lane);
-      const scalar_t* block = static_cast<const scalar_t*>(x.data) +
-                              (task.first_image + place.image) * x.image_stride +
+      const scalar_t* block = static_cast<const scalar_t*>(x.data) + (task.first_image + place.image) * x.image_stride +
                               place.column * grid.block_columns * layout.column_step * x.column_stride;
       for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t row = first_row + r + place.row * grid.block_rows * layout.row_step;
@@ -160,6 +162,7 @@ struct LaneResults {
   std::int64_t offset[kWidth];
   std::int64_t rows[kWidth], columns[kWidth];  // results that a lane has: those of the last blocks may be fewer
   bool whole;                                  // every block lies inside its plane, every image is there
+  bool rows_follow;                            // a block's rows follow one another in memory
   bool streams;                                // whole lines are aligned
 
   LaneResults(const StripPass& pass, const LaneGrid& grid, const StripTask& task)
@@ -174,8 +177,9 @@ struct LaneResults {
     }
     whole = task.images == grid.images && grid.rows * grid.block_rows == pass.rows &&
             grid.columns * grid.block_columns == pass.columns;
-    const std::int64_t steps = dest.image_stride | dest.channel_stride | grid.block_rows * row_pitch | row_pitch |
-                               (grid.block_columns % 16 == 0 ? grid.block_columns : 0);
+    rows_follow = column_pitch == 1 && row_pitch == grid.block_columns;
+    const std::int64_t steps = dest.image_stride | dest.channel_stride | grid.block_rows * row_pitch |
+                               (rows_follow ? 16 : row_pitch) | (grid.block_columns % 16 == 0 ? grid.block_columns : 0);
     streams = pass.stream && reinterpret_cast<std::uintptr_t>(dest.data) % 64 == 0 &&
               steps * static_cast<std::int64_t>(sizeof(scalar_t)) % 64 == 0;
   }
@@ -209,14 +213,15 @@ CURVLAB_INLINE void unpack_lines(const float* acc, const LaneResults<float>& res
 #pragma GCC unroll 4
   for (int m = 0; m < 4; ++m) {
     // the four pieces of a line: of one lane, of two lanes beside each other, or of four
-    constexpr int kAcross = 16 / columns;                        // lanes of a line
+    constexpr int kAcross = 16 / columns;                                // lanes of a line
     const int lane = kAcross == 1 ? m : kAcross == 2 ? 2 * (m % 2) : 0;  // the first, of four
     const int row = kAcross == 1 ? 0 : kAcross == 2 ? m / 2 : m;
     __m512 rows[4];
     if constexpr (kAcross == 1) {
       regroup_quarters(r[lane], r[4 + lane], r[8 + lane], r[12 + lane], rows);
     } else if constexpr (kAcross == 2) {
-      regroup_quarters(r[8 * row + lane], r[8 * row + 4 + lane], r[8 * row + lane + 1], r[8 * row + 4 + lane + 1], rows);
+      regroup_quarters(r[8 * row + lane], r[8 * row + 4 + lane], r[8 * row + lane + 1], r[8 * row + 4 + lane + 1],
+                       rows);
     } else {
       regroup_quarters(r[4 * row], r[4 * row + 1], r[4 * row + 2], r[4 * row + 3], rows);
     }
@@ -230,7 +235,7 @@ CURVLAB_INLINE void unpack_lines(const float* acc, const LaneResults<float>& res
 template <bool stream>
 static bool unpack_whole_lines(const float* acc, const LaneResults<float>& results, const LaneGrid& grid,
                                std::int64_t columns, float* to) {
-  if (columns == 16) {
+  if (columns == 16 || (results.rows_follow && columns == grid.block_columns)) {
     unpack_lines<16, stream>(acc, results, to);
   } else if (columns == 8 && grid.block_columns == 8 && grid.columns % 2 == 0) {
     unpack_lines<8, stream>(acc, results, to);

@@ -9,13 +9,14 @@
 
 namespace curvlab::sparse_conv {
 
-// What a strip is of: images that share registers, and tile rows [t, t + tile_rows) of their blocks; where strips are fewer than threads, only
-// one of `parts` ranges of destination channels.
+// What a strip is of: images that share registers, and tile rows [t, t + tile_rows) of their blocks; where strips are
+// fewer than threads, only one of `parts` ranges of destination channels.
 struct StripTask {
   std::int64_t first_image, images;
   std::int64_t t, tile_rows;
   std::int64_t part, parts;
   bool follows;  // the scratch still holds the strip above
+  bool last;     // of its images' strips
 };
 
 // What all strips of a call share. Sizes of scratch in elements.

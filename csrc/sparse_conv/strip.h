@@ -33,6 +33,8 @@ struct LaneGrid {
   std::int64_t block_rows, block_columns;  // of one block: t < block_rows, u < block_columns
 };
 
+constexpr std::int64_t kMostBlockColumns = 64;  // of blocks that are packed at full speed
+
 // How the packed strip of one source lies in scratch; pitches in elements.
 struct StripLayout {
   std::int64_t channels;

@@ -210,8 +210,7 @@ CpuPlan make_plan(const ConvWeight& weight, std::int64_t height, std::int64_t wi
   plan.grid.block_columns = ceil_div(std::max(columns_of_phase, plan.out_width), grid.columns);
   const std::int64_t out_columns = std::min(plan.grid.block_columns, plan.out_width);
   plan.x_layout = source_of_forward(weight, out_columns, target);
-  plan.grad_layout =
-      source_of_input(weight, std::min(plan.grid.block_columns, columns_of_phase), out_columns, target);
+  plan.grad_layout = source_of_input(weight, std::min(plan.grid.block_columns, columns_of_phase), out_columns, target);
   plan.forward = forward_list(plan, indices, target);
   for (std::int64_t row = 0; row < std::min(weight.stride[0], height); ++row) {
     for (std::int64_t column = 0; column < std::min(weight.stride[1], width); ++column) {

@@ -111,7 +111,7 @@ struct Cut {
   StripTask task(std::int64_t unit, std::int64_t first, std::int64_t part, std::int64_t parts) const {
     const std::int64_t image = unit / strips * together, strip = unit % strips;
     return {image, std::min(together, images - image), strip * strip_rows, strip_rows, part,
-            parts, unit > first && strip > 0};
+            parts, unit > first && strip > 0,          strip + 1 == strips};
   }
 };
 
@@ -134,15 +134,20 @@ bool maps_planes_to_planes(const ConvWeight& weight, std::int64_t height, std::i
          (width + weight.stride[1] - 1) / weight.stride[1] == out_width;
 }
 
-// Blocks that pack at full speed: columns of eight, or of whole lines, without steps; else images alone.
+// Blocks that pack at full speed: of eight columns, or of whole lines, without steps; else images alone. Of the grids
+// that fit, these won: 4 x 4 for planes of 32 columns, 2 x 2 for 16, 4 x 1 for 8.
 LaneGrid fast_grid(const ConvWeight& weight, std::int64_t height, std::int64_t width, std::int64_t lanes) {
-  const bool steps = weight.stride[0] != 1 || weight.stride[1] != 1;
-  for (const std::int64_t side : {4, 2}) {
-    if (lanes % (side * side) != 0 || steps || height % side != 0 || width % side != 0) continue;
-    const std::int64_t columns = width / side;
-    if (columns == 8 || columns % 16 == 0) return {lanes / (side * side), side, side, 0, 0};
+  const LaneGrid whole{lanes, 1, 1, 0, 0};
+  if (weight.stride[0] != 1 || weight.stride[1] != 1) return whole;
+  constexpr std::int64_t kGrids[][2] = {{4, 4}, {2, 2}, {4, 1}};
+  for (const auto& [rows, columns] : kGrids) {
+    if (lanes % (rows * columns) != 0 || height % rows != 0 || width % columns != 0) continue;
+    const std::int64_t block = width / columns;
+    if (block == 8 || (columns == 4 && block % 16 == 0 && block <= kMostBlockColumns)) {
+      return {lanes / (rows * columns), rows, columns, 0, 0};
+    }
   }
-  return {lanes, 1, 1, 0, 0};
+  return whole;
 }
 
 // As many blocks as planes divide into, for fewer images than lanes.

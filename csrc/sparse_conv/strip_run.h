@@ -17,8 +17,8 @@ std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indic
                                          std::int64_t height, std::int64_t width, const LaneGrid& grid,
                                          at::ScalarType type);
 
-// Part of a batch, with what its lanes hold. A layer of 1 x 1 planes (a linear one) has nothing to fill a tile's columns
-// with: there images take their place, `columns` registers of them in a row; 0: planes as they are.
+// Part of a batch, with what its lanes hold. A layer of 1 x 1 planes (a linear one) has nothing to fill a tile's
+// columns with: there images take their place, `columns` registers of them in a row; 0: planes as they are.
 struct BatchPart {
   std::int64_t first, images;
   std::int64_t rows, columns;
