@@ -45,10 +45,10 @@ TORCH_LIBRARY(curvlab, m) {
   m.def(
       "masked_conv2d_weight(Tensor x, Tensor grad, Tensor indices, int[] weight_shape, int[] stride, int[] padding, "
       "int[] dilation, int groups) -> Tensor");
-  // sparse_conv/: both of them
+  // sparse_conv/: both of them, and the sum of grad over images and positions (the derivative by the bias)
   m.def(
       "masked_conv2d_backward(Tensor x, Tensor grad, Tensor values, Tensor indices, int[] weight_shape, int[] stride, "
-      "int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)");
+      "int[] padding, int[] dilation, int groups) -> (Tensor, Tensor, Tensor)");
   // norm_act/: relu((x - mean) inv_std weight + bias), with `pool` its maximum over 2 x 2 windows; mean and inv_std
   m.def(
       "batch_norm_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "

@@ -53,15 +53,17 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
     variable_list out(5);
     if (!grad.defined()) return out;
     const bool wants_x = context->needs_input_grad(0), wants_values = context->needs_input_grad(1);
+    const bool wants_bias = context->saved_data["bias"].toBool() && context->needs_input_grad(3);
     if (wants_x && wants_values && !at::GradMode::is_enabled()) {
-      std::tie(out[0], out[1]) = masked_conv2d_backward(x, grad, values, indices, CURVLAB_GEOMETRY(geometry));
+      std::tie(out[0], out[1], out[3]) = masked_conv2d_backward(x, grad, values, indices, CURVLAB_GEOMETRY(geometry));
+      if (!wants_bias) out[3] = at::Tensor();
     } else {
       if (wants_x) {
         out[0] = masked_conv2d_input(grad, values, indices, x.sym_sizes(), CURVLAB_GEOMETRY(geometry));
       }
       if (wants_values) out[1] = masked_conv2d_weight(x, grad, indices, CURVLAB_GEOMETRY(geometry));
     }
-    if (context->saved_data["bias"].toBool() && context->needs_input_grad(3)) out[3] = grad.sum({0, 2, 3});
+    if (wants_bias && !out[3].defined()) out[3] = grad.sum({0, 2, 3});
     return out;
   }
 };
@@ -137,9 +139,11 @@ at::Tensor masked_conv2d_weight_autograd(const at::Tensor& x, const at::Tensor& 
   return WeightFunction::apply(x, grad, indices, geometry_of(CURVLAB_CONV_ARGUMENTS));
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_conv2d_backward_autograd(const at::Tensor& x, const at::Tensor& grad,
-                                                                   const at::Tensor& values, const at::Tensor& indices,
-                                                                   CURVLAB_CONV_PARAMETERS) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward_autograd(const at::Tensor& x,
+                                                                               const at::Tensor& grad,
+                                                                               const at::Tensor& values,
+                                                                               const at::Tensor& indices,
+                                                                               CURVLAB_CONV_PARAMETERS) {
   refuse_gradient("masked_conv2d_backward", {&x, &grad, &values});
   const at::AutoDispatchBelowADInplaceOrView below;
   return masked_conv2d_backward(x, grad, values, indices, CURVLAB_CONV_ARGUMENTS);

@@ -32,11 +32,13 @@ at::Tensor masked_conv2d_weight_meta(const at::Tensor& x, const at::Tensor& grad
   return at::empty_symint({indices.sym_size(0)}, x.options());
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_conv2d_backward_meta(const at::Tensor& x, const at::Tensor& grad,
-                                                               const at::Tensor& values, const at::Tensor& indices,
-                                                               CURVLAB_CONV_PARAMETERS) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward_meta(const at::Tensor& x, const at::Tensor& grad,
+                                                                           const at::Tensor& values,
+                                                                           const at::Tensor& indices,
+                                                                           CURVLAB_CONV_PARAMETERS) {
   check_backward(x, grad, values, indices, CURVLAB_CONV_ARGUMENTS);
-  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint({indices.sym_size(0)}, x.options())};
+  return {at::empty_symint(x.sym_sizes(), x.options()), at::empty_symint({indices.sym_size(0)}, x.options()),
+          at::empty_symint({grad.sym_size(1)}, x.options())};
 }
 
 }  // namespace
@@ -59,9 +61,10 @@ at::Tensor masked_conv2d_weight(const at::Tensor& x, const at::Tensor& grad, con
   return op.call(x, grad, indices, CURVLAB_CONV_ARGUMENTS);
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_conv2d_backward(const at::Tensor& x, const at::Tensor& grad,
-                                                          const at::Tensor& values, const at::Tensor& indices,
-                                                          CURVLAB_CONV_PARAMETERS) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(const at::Tensor& x, const at::Tensor& grad,
+                                                                      const at::Tensor& values,
+                                                                      const at::Tensor& indices,
+                                                                      CURVLAB_CONV_PARAMETERS) {
   static const auto op = find_op<decltype(masked_conv2d_backward)>("curvlab::masked_conv2d_backward");
   return op.call(x, grad, values, indices, CURVLAB_CONV_ARGUMENTS);
 }

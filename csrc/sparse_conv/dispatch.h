@@ -17,8 +17,9 @@ at::Tensor masked_conv2d_input(const at::Tensor& grad, const at::Tensor& values,
 at::Tensor masked_conv2d_weight(const at::Tensor& x, const at::Tensor& grad, const at::Tensor& indices,
                                 CURVLAB_CONV_PARAMETERS);
 // Both gradients of masked_conv2d, which share the work of bringing grad into the kernels' layout. No derivative.
-std::tuple<at::Tensor, at::Tensor> masked_conv2d_backward(const at::Tensor& x, const at::Tensor& grad,
-                                                          const at::Tensor& values, const at::Tensor& indices,
-                                                          CURVLAB_CONV_PARAMETERS);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(const at::Tensor& x, const at::Tensor& grad,
+                                                                      const at::Tensor& values,
+                                                                      const at::Tensor& indices,
+                                                                      CURVLAB_CONV_PARAMETERS);
 
 }  // namespace curvlab::sparse_conv

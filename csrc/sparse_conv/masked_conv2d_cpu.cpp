@@ -62,13 +62,13 @@ at::Tensor masked_conv2d_cpu(const at::Tensor& x, const at::Tensor& values, cons
   return out;
 }
 
-// gx and gv where they are wanted.
-std::tuple<at::Tensor, at::Tensor> gradients(const char* op, const ConvWeight& weight, const at::Tensor& x,
-                                             const at::Tensor& grad, const at::Tensor& values,
-                                             const at::Tensor& indices, at::IntArrayRef input_size, bool wants_x,
-                                             bool wants_values, CURVLAB_CONV_PARAMETERS) {
+// gx and gv where they are wanted, and the bias' gradient with both.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(const char* op, const ConvWeight& weight, const at::Tensor& x,
+                                                         const at::Tensor& grad, const at::Tensor& values,
+                                                         const at::Tensor& indices, at::IntArrayRef input_size,
+                                                         bool wants_x, bool wants_values, CURVLAB_CONV_PARAMETERS) {
   check_dtype(op, grad);
-  at::Tensor gx, gv;
+  at::Tensor gx, gv, gb;
   const auto planned = plans(op, weight, indices, input_size, grad.scalar_type());
   if (planned.empty()) {
     const at::Tensor weight_or_zeros =
@@ -76,13 +76,15 @@ std::tuple<at::Tensor, at::Tensor> gradients(const char* op, const ConvWeight& w
     std::tie(gx, gv, std::ignore) = at::convolution_backward(
         grad, wants_values ? x : at::empty(input_size, grad.options()), weight_or_zeros, std::nullopt, stride, padding,
         dilation, false, {0, 0}, groups, {wants_x, wants_values, false});
-    return {wants_x ? gx.contiguous() : gx, wants_values ? gv.reshape(-1).index({indices}) : gv};
+    if (wants_x && wants_values) gb = grad.sum({0, 2, 3});
+    return {wants_x ? gx.contiguous() : gx, wants_values ? gv.reshape(-1).index({indices}) : gv, gb};
   }
   if (wants_x) gx = at::empty(input_size, grad.options());
   if (wants_values) gv = at::zeros({indices.numel()}, grad.options());
-  if (grad.numel() == 0) return {wants_x ? gx.zero_() : gx, gv};
-  for (const auto& [part, plan] : planned) run_backward(*plan, part, x, grad, values, gx, gv);
-  return {gx, gv};
+  if (wants_x && wants_values) gb = at::zeros({weight.channels_out}, grad.options());
+  if (grad.numel() == 0) return {wants_x ? gx.zero_() : gx, gv, gb};
+  for (const auto& [part, plan] : planned) run_backward(*plan, part, x, grad, values, gx, gv, gb);
+  return {gx, gv, gb};
 }
 
 at::Tensor masked_conv2d_input_cpu(const at::Tensor& grad, const at::Tensor& values, const at::Tensor& indices,
@@ -100,9 +102,10 @@ at::Tensor masked_conv2d_weight_cpu(const at::Tensor& x, const at::Tensor& grad,
                                CURVLAB_CONV_ARGUMENTS));
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_conv2d_backward_cpu(const at::Tensor& x, const at::Tensor& grad,
-                                                              const at::Tensor& values, const at::Tensor& indices,
-                                                              CURVLAB_CONV_PARAMETERS) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward_cpu(const at::Tensor& x, const at::Tensor& grad,
+                                                                          const at::Tensor& values,
+                                                                          const at::Tensor& indices,
+                                                                          CURVLAB_CONV_PARAMETERS) {
   const CheckedConv checked = check_backward(x, grad, values, indices, CURVLAB_CONV_ARGUMENTS);
   return gradients("masked_conv2d_backward", checked.weight, x, grad, values, indices, x.sizes(), true, true,
                    CURVLAB_CONV_ARGUMENTS);

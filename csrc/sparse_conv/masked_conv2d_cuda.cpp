@@ -212,13 +212,15 @@ at::Tensor masked_conv2d_weight_cuda(const at::Tensor& x, const at::Tensor& grad
   return weight_gradient(checked, x, grad, indices);
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_conv2d_backward_cuda(const at::Tensor& x, const at::Tensor& grad,
-                                                               const at::Tensor& values, const at::Tensor& indices,
-                                                               CURVLAB_CONV_PARAMETERS) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward_cuda(const at::Tensor& x, const at::Tensor& grad,
+                                                                           const at::Tensor& values,
+                                                                           const at::Tensor& indices,
+                                                                           CURVLAB_CONV_PARAMETERS) {
   const CheckedConv checked = check_backward(x, grad, values, indices, CURVLAB_CONV_ARGUMENTS);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor dense = grad.contiguous();  // once for both
-  return {input_gradient(checked, dense, values, indices, x.sizes()), weight_gradient(checked, x, dense, indices)};
+  return {input_gradient(checked, dense, values, indices, x.sizes()), weight_gradient(checked, x, dense, indices),
+          dense.sum({0, 2, 3})};
 }
 
 }  // namespace

@@ -75,10 +75,11 @@ struct StripPass {
   bool stream;                                                  // results bypass the caches
 };
 
-// The weight gradient of one strip.
+// The weight gradient of one strip, and the bias'.
 struct StripDot {
   EntryList list;
-  void* sums;  // of the entries, added to
+  void* sums;          // of the entries, added to
+  void* channel_sums;  // of the gradient [C_out], added to, or null
   std::int64_t rows, columns;
 };
 

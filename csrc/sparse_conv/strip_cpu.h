@@ -222,6 +222,28 @@ static void run_dot(const StripDot& dot, const StripLayout& layout, const StripL
   }
 }
 
+// Sums of the gradient's channels over the strip, from what is packed and in L2 (grad.sum would read 32 MB again: 1.2
+// of 21 ms, 64 channels of 32 x 32).
+template <class scalar_t>
+static void sum_channels(const StripDot& dot, const StripLayout& grad_layout, const LaneGrid& grid,
+                         const StripTask& task, const scalar_t* packed_grad) {
+  typedef typename Vectors<scalar_t>::Lanes Lanes;
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const std::int64_t columns = smaller_of(grid.block_columns, dot.columns);
+  const std::int64_t rows = smaller_of(task.tile_rows, smaller_of(grid.block_rows, dot.rows) - task.t);
+  scalar_t* sums = static_cast<scalar_t*>(dot.channel_sums);
+  const scalar_t* origin =
+      packed_grad - grad_layout.first_row * grad_layout.row_pitch - grad_layout.first_column * kWidth;
+  for (std::int64_t channel = 0; channel < grad_layout.channels; ++channel) {
+    Lanes sum[4] = {};
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const scalar_t* row = origin + r * grad_layout.row_pitch + channel * grad_layout.channel_pitch;
+      for (std::int64_t c = 0; c < columns; ++c) sum[c % 4] += load_vector(row + c * kWidth);
+    }
+    sums[channel] += sum_vector((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
 template <class scalar_t>
 static void forward_strip(const StripTask& task, const StripWork& work, void* scratch) {
   scalar_t* acc = static_cast<scalar_t*>(scratch);
@@ -249,6 +271,7 @@ static void backward_strip(const StripTask& task, const StripWork& work, const S
     run_pass(work.pass[p], work.grad_layout, work.grid, task, packed_grad, p == 0 ? between : Ahead(), acc);
   }
   if (!dots) return;
+  if (dot->channel_sums != nullptr) sum_channels(*dot, work.grad_layout, work.grid, task, packed_grad);
   scalar_t* packed = packed_grad + work.grad_size;
   pack_strip(work.x, work.x_layout, work.grid, task, packed);
   run_dot(*dot, work.x_layout, work.grad_layout, work.grid, task, packed, packed_grad, next);

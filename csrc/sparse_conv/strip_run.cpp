@@ -282,7 +282,7 @@ void run_forward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x
 }
 
 void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& grad,
-                  const at::Tensor& values, const at::Tensor& gx, const at::Tensor& gv) {
+                  const at::Tensor& values, const at::Tensor& gx, const at::Tensor& gv, const at::Tensor& gb) {
   const CpuKernels& kernels = cpu_kernels();
   const int type = type_index(grad.scalar_type());
   const std::int64_t element = grad.element_size();
@@ -314,15 +314,19 @@ void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& 
   const std::int64_t x_size = gv.defined() ? plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch : 0;
   const std::size_t bytes = static_cast<std::size_t>((work.acc_size + work.grad_size + x_size) * element);
   const std::int64_t units = cut.units(), partials = std::min(units, kPartials);
-  at::Tensor sums;
+  at::Tensor sums, channel_sums;
   if (gv.defined()) sums = at::zeros({partials, plan.entries}, grad.options());
+  if (gb.defined()) channel_sums = at::zeros({partials, plan.weight.channels_out}, grad.options());
   const std::int64_t parts = parts_for(partials);
   at::parallel_for(0, partials * parts, 1, [&](std::int64_t begin, std::int64_t end) {
     void* scratch = Scratch::of_this_thread().get(bytes);
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t p = i % partials, first = units * p / partials;
-      StripDot dot{plan.forward.view(), nullptr, plan.out_height, plan.out_width};
+      StripDot dot{plan.forward.view(), nullptr, nullptr, plan.out_height, plan.out_width};
       if (gv.defined()) dot.sums = static_cast<char*>(sums.mutable_data_ptr()) + p * plan.entries * element;
+      if (gb.defined() && i < partials) {  // the first of the parts
+        dot.channel_sums = static_cast<char*>(channel_sums.mutable_data_ptr()) + p * plan.weight.channels_out * element;
+      }
       for (std::int64_t unit = first; unit < units * (p + 1) / partials; ++unit) {
         kernels.backward[type](cut.task(unit, first, i / partials, parts), work, gv.defined() ? &dot : nullptr,
                                scratch);
@@ -330,6 +334,7 @@ void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& 
     }
   });
   if (!gv.defined()) return;
+  for (std::int64_t p = 0; gb.defined() && p < partials; ++p) gb.add_(channel_sums[p]);  // in this order
   if (type == 1) {
     add_partials<double>(plan.forward, sums, gv);
   } else {

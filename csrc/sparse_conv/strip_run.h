@@ -34,9 +34,9 @@ std::vector<BatchPart> parts_of_batch(const ConvWeight& weight, at::IntArrayRef 
 void run_forward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& values,
                  const at::Tensor& bias, const at::Tensor& out);
 
-// The input gradient where `gx` is defined (it needs values), the weight gradient where `gv` is (it needs x), added to
-// what is there.
+// The input gradient where `gx` is defined (it needs values), the weight gradient where `gv` is (it needs x) and,
+// beside that one only, the bias' where `gb` is; both are added to what is there.
 void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& grad,
-                  const at::Tensor& values, const at::Tensor& gx, const at::Tensor& gv);
+                  const at::Tensor& values, const at::Tensor& gx, const at::Tensor& gv, const at::Tensor& gb);
 
 }  // namespace curvlab::sparse_conv

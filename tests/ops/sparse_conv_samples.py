@@ -105,3 +105,4 @@ def assert_right(case: Case, dtype: torch.dtype, layout: str) -> None:
     both = torch.ops.curvlab.masked_conv2d_backward(x, grad, values, indices, *case.arguments)
     assert_close("gx of both", both[0], gx)
     assert_close("gv of both", both[1], gv)
+    assert_close("gradient of the bias", both[2], wide[3].sum((0, 2, 3)))
