@@ -25,53 +25,75 @@ inline __attribute__((always_inline)) LanePlace place_of(const LaneGrid& grid, i
 
 // Lanes moved by one block to the right (`side` -1) or left (1); zeros come in from outside the planes.
 template <class scalar_t>
-CURVLAB_INLINE void shift_blocks(const scalar_t* from, const LaneGrid& grid, int side, scalar_t* to) {
-  constexpr int kWidth = Vectors<scalar_t>::kWidth;
-  const std::int64_t end = side < 0 ? 0 : grid.columns - 1;
-#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
-  if constexpr (kWidth == 16) {
-    // lanes of the grid's last or first column, in which every grid.columns-th bit is set; a power of two
-    const unsigned every = grid.columns == 1   ? 0xffff
-                           : grid.columns == 2 ? 0x5555
-                           : grid.columns == 4 ? 0x1111
-                           : grid.columns == 8 ? 0x0101
-                                               : 0x0001;
-    const __mmask16 inside = static_cast<__mmask16>(~(every << end));
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i source = _mm512_add_epi32(lanes, _mm512_set1_epi32(side));
-    _mm512_storeu_ps(to, _mm512_maskz_permutexvar_ps(inside, source, _mm512_loadu_ps(from)));
-    return;
+class BlockShift {
+ public:
+  static constexpr int kWidth = Vectors<scalar_t>::kWidth;
+
+  BlockShift(const LaneGrid& grid, int side) {
+    const std::int64_t end = side < 0 ? 0 : grid.columns - 1;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      const bool inside = lane % grid.columns != end;
+      source_[lane] = inside ? lane + side : 0;
+      inside_ |= static_cast<unsigned>(inside) << lane;
+    }
   }
+
+  void operator()(const scalar_t* from, scalar_t* to) const {
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+    if constexpr (kWidth == 16) {
+      const __m512i source = _mm512_loadu_si512(source_);
+      const auto inside = static_cast<__mmask16>(inside_);
+      _mm512_storeu_ps(to, _mm512_maskz_permutexvar_ps(inside, source, _mm512_loadu_ps(from)));
+      return;
+    }
 #endif
-  for (int lane = 0; lane < kWidth; ++lane) to[lane] = lane % grid.columns == end ? 0 : from[lane + side];
-}
+    for (int lane = 0; lane < kWidth; ++lane) to[lane] = inside_ >> lane & 1 ? from[source_[lane]] : scalar_t{0};
+  }
+
+ private:
+  std::int32_t source_[kWidth];
+  unsigned inside_ = 0;
+};
 
 constexpr std::int64_t kRowsAtOnce = 16;  // packed rows whose lanes' sources are looked up together
 
-// Sources of the lanes of packed rows: pointers into a channel, or zeros that no step leaves.
+// Sources of the lanes of packed rows: pointers into a channel, or to zeros that no step leaves.
 template <class scalar_t>
 struct LaneSources {
   static constexpr int kWidth = Vectors<scalar_t>::kWidth;
   alignas(64) scalar_t zeros[kMostBlockColumns];
   const scalar_t* base[kRowsAtOnce][kWidth];
   std::int64_t channel_stride[kRowsAtOnce][kWidth];
+  // Four lanes beside each other lie alike in all of their quarters of the grid: base[r][4 q] + step[k] is lane 4 q +
+  // k, where the row is `regular`. Seven registers hold that, sixteen pointers they do not.
+  std::int64_t step[4];
+  bool regular[kRowsAtOnce];
 
   LaneSources() { memset(zeros, 0, sizeof zeros); }
 
   void look_up(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
                std::int64_t first_row, std::int64_t rows) {
+    for (std::int64_t r = 0; r < rows; ++r) regular[r] = kWidth % 4 == 0;
     for (int lane = 0; lane < kWidth; ++lane) {
       const LanePlace place = place_of(grid, lane);
-      const scalar_t* block = static_cast<const scalar_t*>(x.data) + (task.first_image + place.image) * x.image_stride +
-                              place.column * grid.block_columns * layout.column_step * x.column_stride;
+      const std::int64_t from_row = place.row * grid.block_rows * layout.row_step;
+      const std::int64_t offset = (task.first_image + place.image) * x.image_stride + from_row * x.row_stride +
+                                  place.column * grid.block_columns * layout.column_step * x.column_stride;
+      if (lane == 0) first_ = offset;
+      if (lane < 4) step[lane] = offset - first_;
       for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int64_t row = first_row + r + place.row * grid.block_rows * layout.row_step;
+        const std::int64_t row = first_row + r + from_row;
         const bool there = place.image < task.images && row >= 0 && row < x.height;
-        base[r][lane] = there ? block + row * x.row_stride : zeros;
+        base[r][lane] = there ? static_cast<const scalar_t*>(x.data) + offset + (first_row + r) * x.row_stride : zeros;
         channel_stride[r][lane] = there ? x.channel_stride : 0;
+        regular[r] = regular[r] && base[r][lane] == base[r][lane / 4 * 4] + (there ? step[lane % 4] : 0) &&
+                     (there || step[3] + grid.block_columns <= kMostBlockColumns);
       }
     }
   }
+
+ private:
+  std::int64_t first_ = 0;
 };
 
 // Whether blocks tile the plane's columns, four of which can be taken at a time, and halos come from the next block.
@@ -82,34 +104,60 @@ inline bool blocks_tile_rows(const PlaneView& x, const StripLayout& layout, cons
          -layout.first_column <= grid.block_columns && last >= grid.block_columns && last <= 2 * grid.block_columns;
 }
 
+// One packed row of one channel: its blocks' columns, then the halos from the blocks beside them.
+template <class scalar_t, class From>
+CURVLAB_INLINE void pack_block_row(const From& from, std::int64_t width, std::int64_t left, std::int64_t right,
+                                   const BlockShift<scalar_t>& from_left, const BlockShift<scalar_t>& from_right,
+                                   scalar_t* to) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  for (std::int64_t column = 0; column < width; column += 4) {
+    const std::int64_t at = smaller_of(column, width - 4);  // the last ones look back
+    transpose_four<scalar_t>(from, at, to + at * kWidth);
+  }
+  for (std::int64_t c = -left; c < 0; ++c) from_left(to + (width + c) * kWidth, to + c * kWidth);
+  for (std::int64_t c = width; c < width + right; ++c) from_right(to + (c - width) * kWidth, to + c * kWidth);
+}
+
 template <class scalar_t>
 static void pack_block_rows(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
                             std::int64_t first_row, std::int64_t rows, scalar_t* scratch) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   const std::int64_t width = grid.block_columns, left = -layout.first_column, right = layout.columns - left - width;
   // of lanes beside each other, those in one line of 64 bytes; the channel after the next one
-  const int shared = grid.columns % 2 == 0 && width * sizeof(scalar_t) <= 32 ? 2 : 1;
+  const int shared = grid.columns % 2 == 0 && width * static_cast<std::int64_t>(sizeof(scalar_t)) <= 32 ? 2 : 1;
   const std::int64_t ahead = 2 * x.channel_stride;
+  const BlockShift<scalar_t> from_left(grid, -1), from_right(grid, 1);
   LaneSources<scalar_t> sources;
   for (std::int64_t r0 = 0; r0 < rows; r0 += kRowsAtOnce) {
     const std::int64_t count = smaller_of(kRowsAtOnce, rows - r0);
     sources.look_up(x, layout, grid, task, first_row + r0, count);
     for (std::int64_t channel = 0; channel < x.channels; ++channel) {
       for (std::int64_t r = 0; r < count; ++r) {
-        const scalar_t* lanes[kWidth];
-        for (int lane = 0; lane < kWidth; ++lane) {
-          lanes[lane] = sources.base[r][lane] + channel * sources.channel_stride[r][lane];
-        }
-        for (int lane = 0; lane < kWidth; lane += shared) prefetch_far(lanes[lane], ahead);
+        const auto lane_source = [&](int lane) {
+          return sources.base[r][lane] + channel * sources.channel_stride[r][lane];
+        };
         scalar_t* to = scratch + (r0 + r) * layout.row_pitch + channel * layout.channel_pitch + left * kWidth;
-        for (std::int64_t column = 0; column < width; column += 4) {
-          const std::int64_t at = smaller_of(column, width - 4);  // the last ones look back
-          transpose_four<scalar_t>(lanes, at, to + at * kWidth);
+        if constexpr (kWidth == 16) {
+          if (sources.regular[r]) {
+            const scalar_t *a = lane_source(0), *b = lane_source(4), *c = lane_source(8), *d = lane_source(12);
+            const std::int64_t step[4] = {0, sources.step[1], sources.step[2], sources.step[3]};
+            for (int k = 0; k < 4; k += shared) {
+              prefetch_far(a + step[k], ahead);
+              prefetch_far(b + step[k], ahead);
+              prefetch_far(c + step[k], ahead);
+              prefetch_far(d + step[k], ahead);
+            }
+            const auto from = [&](int lane) __attribute__((always_inline)) {
+              return (lane < 4 ? a : lane < 8 ? b : lane < 12 ? c : d) + step[lane % 4];
+            };
+            pack_block_row(from, width, left, right, from_left, from_right, to);
+            continue;
+          }
         }
-        for (std::int64_t c = -left; c < 0; ++c) shift_blocks(to + (width + c) * kWidth, grid, -1, to + c * kWidth);
-        for (std::int64_t c = width; c < width + right; ++c) {
-          shift_blocks(to + (c - width) * kWidth, grid, 1, to + c * kWidth);
-        }
+        const scalar_t* lanes[kWidth];
+        for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane_source(lane);
+        for (int lane = 0; lane < kWidth; lane += shared) prefetch_far(lanes[lane], ahead);
+        pack_block_row([&](int lane) { return lanes[lane]; }, width, left, right, from_left, from_right, to);
       }
     }
   }

@@ -106,19 +106,19 @@ CURVLAB_INLINE void transpose(const scalar_t* from, std::int64_t from_pitch, sca
   }
 }
 
-// to[j kWidth + i] = from[i][j], j < 4: four columns of as many rows as a register has lanes.
-template <class scalar_t>
-CURVLAB_INLINE void transpose_four(const scalar_t* const* from, std::int64_t column, scalar_t* to) {
+// to[j kWidth + i] = from(i)[column + j], j < 4: four columns of as many rows as a register has lanes.
+template <class scalar_t, class From>
+CURVLAB_INLINE void transpose_four(const From& from, std::int64_t column, scalar_t* to) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
 #if defined(CURVLAB_CPU_CAPABILITY_AVX512)
   if constexpr (kWidth == 16) {
     __m512 r[4];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      r[k] = _mm512_castps128_ps512(_mm_loadu_ps(from[k] + column));
-      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(from[4 + k] + column), 1);
-      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(from[8 + k] + column), 2);
-      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(from[12 + k] + column), 3);
+      r[k] = _mm512_castps128_ps512(_mm_loadu_ps(from(k) + column));
+      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(from(4 + k) + column), 1);
+      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(from(8 + k) + column), 2);
+      r[k] = _mm512_insertf32x4(r[k], _mm_loadu_ps(from(12 + k) + column), 3);
     }
     const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
     const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
@@ -132,7 +132,7 @@ CURVLAB_INLINE void transpose_four(const scalar_t* const* from, std::int64_t col
   }
 #endif
   for (int i = 0; i < kWidth; ++i) {
-    for (int j = 0; j < 4; ++j) to[j * kWidth + i] = from[i][column + j];
+    for (int j = 0; j < 4; ++j) to[j * kWidth + i] = from(i)[column + j];
   }
 }
 
