@@ -163,6 +163,37 @@ static void pack_block_rows(const PlaneView& x, const StripLayout& layout, const
   }
 }
 
+// Channels that follow one another in memory (channels last): a register's width of them at a time.
+template <class scalar_t>
+static void pack_block_channels(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid,
+                                const StripTask& task, std::int64_t first_row, std::int64_t rows, scalar_t* scratch) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const PackedColumns columns{layout, kWidth};
+  LaneSources<scalar_t> sources;
+  for (std::int64_t r0 = 0; r0 < rows; r0 += kRowsAtOnce) {
+    const std::int64_t count = smaller_of(kRowsAtOnce, rows - r0);
+    sources.look_up(x, layout, grid, task, first_row + r0, count);
+    for (std::int64_t r = 0; r < count; ++r) {
+      for (std::int64_t c = layout.first_column; c < layout.first_column + layout.columns; ++c) {
+        const scalar_t* lanes[kWidth];
+        std::int64_t step[kWidth];
+        for (int lane = 0; lane < kWidth; ++lane) {
+          const std::int64_t column = c + lane % grid.columns * grid.block_columns * layout.column_step;
+          const bool there = sources.channel_stride[r][lane] != 0 && column >= 0 && column < x.width;
+          lanes[lane] = there ? sources.base[r][lane] + c * x.column_stride : sources.zeros;
+          step[lane] = there ? 1 : 0;
+        }
+        scalar_t* to = scratch + (r0 + r) * layout.row_pitch + columns.at(c);
+        for (std::int64_t channel = 0; channel < x.channels; channel += kWidth) {
+          const std::int64_t at = smaller_of(channel, x.channels - kWidth);  // the last ones look back
+          transpose_rows<scalar_t, false>([&](int lane) { return lanes[lane] + at * step[lane]; },
+                                          to + at * layout.channel_pitch, layout.channel_pitch);
+        }
+      }
+    }
+  }
+}
+
 // Any strides and steps.
 template <class scalar_t>
 static void pack_block_lanes(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
@@ -196,6 +227,8 @@ static void pack_blocks(const PlaneView& x, const StripLayout& layout, const Lan
                         std::int64_t first_row, std::int64_t rows, scalar_t* scratch) {
   if (blocks_tile_rows(x, layout, grid)) {
     pack_block_rows(x, layout, grid, task, first_row, rows, scratch);
+  } else if (x.channel_stride == 1 && x.channels >= Vectors<scalar_t>::kWidth) {
+    pack_block_channels(x, layout, grid, task, first_row, rows, scratch);
   } else {
     pack_block_lanes(x, layout, grid, task, first_row, rows, scratch);
   }

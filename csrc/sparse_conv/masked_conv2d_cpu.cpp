@@ -35,9 +35,7 @@ std::vector<PlannedPart> plans(const char* op, const ConvWeight& weight, const a
                                at::IntArrayRef input_size, at::ScalarType type) {
   std::vector<PlannedPart> planned;
   for (const BatchPart& part : parts_of_batch(weight, input_size, type)) {
-    ConvWeight folded = weight;
-    if (part.columns != 0) folded.stride[0] = folded.stride[1] = 1;  // images are no pixels to step over
-    auto plan = find_plan(op, indices, folded, part.height(input_size[2]), part.width(input_size[3]), part.grid, type);
+    auto plan = find_plan(op, indices, weight, part, input_size, type);
     if (plan == nullptr) return {};
     planned.push_back({part, std::move(plan)});
   }

@@ -195,16 +195,16 @@ static void unpack_run(const scalar_t* acc, std::int64_t positions, scalar_t* to
   }
 }
 
-// [channels][positions][lanes], all images there -> one position of every channel, channels following in memory.
+// [channels][positions][lanes], all images there -> one position of `channels`, which follow one another in memory.
 template <class scalar_t>
-static void unpack_channels(const scalar_t* acc, std::int64_t acc_pitch, std::int64_t begin, std::int64_t end,
-                            scalar_t* to, std::int64_t image_stride) {
+static void unpack_channels(const scalar_t* acc, std::int64_t acc_pitch, std::int64_t channels, scalar_t* to,
+                            std::int64_t image_stride) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
-  std::int64_t channel = begin;
-  for (; channel + kWidth <= end; channel += kWidth) {
+  std::int64_t channel = 0;
+  for (; channel + kWidth <= channels; channel += kWidth) {
     transpose<scalar_t, false>(acc + channel * acc_pitch, acc_pitch, to + channel, image_stride);
   }
-  for (; channel < end; ++channel) {
+  for (; channel < channels; ++channel) {
     for (int i = 0; i < kWidth; ++i) to[i * image_stride + channel] = acc[channel * acc_pitch + i];
   }
 }

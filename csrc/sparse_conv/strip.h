@@ -38,6 +38,7 @@ constexpr std::int64_t kMostBlockColumns = 64;  // of blocks that are packed at 
 // How the packed strip of one source lies in scratch; pitches in elements.
 struct StripLayout {
   std::int64_t channels;
+  std::int64_t chunk;  // channels packed together: all of them, unless a tile alone overflows the caches
   std::int64_t row_step, column_step;    // a and b
   std::int64_t first_row, first_column;  // source coordinates of the strip's origin at t = u = 0: least rho and sigma
   std::int64_t reach_rows;               // rows of a strip of t rows: (t - 1) a + reach_rows
@@ -54,7 +55,8 @@ struct Segment {
 };
 
 // Entries ordered by block of source channels, so that a tile's window stays in L1; within a block destination channels
-// are ordered by their number of entries, so that the ends of their loops are predicted.
+// are ordered by their number of entries, so that the ends of their loops are predicted, unless they are written side
+// by side.
 struct EntryList {
   const std::int32_t* offsets;         // of the entry's first vector from a tile's origin, in elements
   const Segment* segments;             // the first and last block hold every destination, the others those with entries
@@ -62,6 +64,8 @@ struct EntryList {
   const std::int64_t* entries_before;  // [dests + 1]: entries of the destinations before, to cut the work evenly
   std::int64_t dests;
   std::int32_t blocks;
+  std::int32_t chunk_blocks;  // blocks of a chunk of the layout
+  bool by_dest;               // one block, its destinations in their order
 };
 
 // One pass of correlations from a packed source into results.

@@ -27,11 +27,13 @@ static TileShape tile_shape(std::int64_t columns) {
   return {larger_of(smaller_of(kTile / width, kMaxTileRows), 1), width};
 }
 
-// Packs the rows that the task's tile rows read. Rows that the strip above read too are moved: packing them again took
-// a fifth of the time, and lower strips keep both sources in L2.
+// Packs a chunk of the channels of the rows that the task's tile rows read. Rows that the strip above read too are
+// moved: packing them again took a fifth of the time, and lower strips keep both sources in L2.
 template <class scalar_t>
-static void pack_strip(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
-                       scalar_t* scratch) {
+static void pack_strip(PlaneView x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
+                       std::int64_t first_channel, scalar_t* scratch) {
+  x.data = static_cast<scalar_t*>(x.data) + first_channel * x.channel_stride;
+  x.channels = smaller_of(layout.chunk, x.channels - first_channel);
   std::int64_t first_row = task.t * layout.row_step + layout.first_row, rows = layout.rows(task.tile_rows);
   const std::int64_t kept = layout.reach_rows - layout.row_step;
   if (task.follows && kept > 0) {
@@ -132,45 +134,80 @@ static Range part_of(const EntryList& list, const StripTask& task) {
   return range;
 }
 
+// The part of an entry list whose source channels are packed.
+struct Blocks {
+  std::int32_t begin, end;
+
+  static Blocks of_chunk(const EntryList& list, std::int64_t chunk) {
+    const std::int64_t begin = smaller_of(chunk * list.chunk_blocks, list.blocks);
+    return {static_cast<std::int32_t>(begin),
+            static_cast<std::int32_t>(smaller_of(begin + list.chunk_blocks, list.blocks))};
+  }
+};
+
+// A tile of a pass.
+struct Tile {
+  std::int64_t t, u, rows, columns;
+};
+
+constexpr std::int64_t kSideBySide = 8;  // registers of channels: lines of an image that are written together
+
+// Channels [begin, end) of a tile, `acc` that of channel `begin`, into results whose channels lie side by side.
+template <class scalar_t>
+static void unpack_side_by_side(const StripPass& pass, const StripTask& task, const Tile& tile, std::int64_t begin,
+                                std::int64_t end, const scalar_t* acc) {
+  constexpr int kWidth = Vectors<scalar_t>::kWidth;
+  const PlaneView& dest = pass.dest;
+  const std::int64_t positions = tile.rows * tile.columns;
+  for (std::int64_t i = 0; i < positions; ++i) {
+    scalar_t* to = static_cast<scalar_t*>(dest.data) + task.first_image * dest.image_stride +
+                   (pass.first_row + (tile.t + i / tile.columns) * pass.row_step) * dest.row_stride +
+                   (pass.first_column + (tile.u + i % tile.columns) * pass.column_step) * dest.column_stride + begin;
+    unpack_channels(acc + i * kWidth, positions * kWidth, end - begin, to, dest.image_stride);
+  }
+}
+
 // Every destination channel of one tile.
 template <class scalar_t>
-static void correlate_channels(const StripPass& pass, const LaneGrid& grid, const LaneResults<scalar_t>& results,
-                               const StripTask& task, const Range& range, const scalar_t* x, std::int64_t row_pitch,
-                               std::int64_t t, std::int64_t u, std::int64_t rows, std::int64_t columns, Ahead& ahead,
+static void correlate_channels(const StripPass& pass, const Blocks& blocks, const LaneGrid& grid,
+                               const LaneResults<scalar_t>& results, const StripTask& task, const Range& range,
+                               const scalar_t* x, std::int64_t row_pitch, const Tile& tile, Ahead& ahead,
                                scalar_t* acc) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   const EntryList& list = pass.list;
-  const PlaneView& dest = pass.dest;
-  const auto correlate = TileTables<scalar_t>::correlate[rows - 1][columns - 1];
+  const auto correlate = TileTables<scalar_t>::correlate[tile.rows - 1][tile.columns - 1];
   const scalar_t* values = static_cast<const scalar_t*>(pass.values);
   const scalar_t* bias = static_cast<const scalar_t*>(pass.bias);
-  // results whose channels follow one another are written when all channels are there
-  const bool at_end = dest.channel_stride == 1 && dest.column_stride != 1 && task.images == kWidth;
-  const std::int64_t acc_pitch = list.blocks == 1 && !at_end ? 0 : kTile * kWidth;
-  for (std::int32_t block = 0; block < list.blocks; ++block) {
-    const bool unpack = block + 1 == list.blocks && !at_end;
+  // results whose channels lie side by side are written by as many as a register holds, or when all are there
+  const bool side_by_side = pass.dest.channel_stride == 1 && pass.dest.column_stride != 1 && task.images == kWidth;
+  const bool by_dest = side_by_side && list.by_dest;
+  const std::int64_t acc_pitch = list.blocks == 1 && !side_by_side ? 0 : tile.rows * tile.columns * kWidth;
+  std::int64_t group = range.begin;
+  for (std::int32_t block = blocks.begin; block < blocks.end; ++block) {
+    const bool unpack = block + 1 == list.blocks && !side_by_side;
     const Segment* end = list.segments + list.block_begin[block + 1];
     for (const Segment* segment = list.segments + list.block_begin[block]; segment < end; ++segment) {
       if (segment->dest < range.begin || segment->dest >= range.end) continue;
-      scalar_t* sums = acc + segment->dest * acc_pitch;
+      scalar_t* sums = acc + (segment->dest - (by_dest ? group : 0)) * acc_pitch;
       correlate(x, row_pitch, list.offsets + segment->begin, values + segment->begin, segment->count, block > 0,
                 bias == nullptr ? scalar_t{0} : bias[segment->dest], sums);
       ahead.visit();
-      if (unpack) unpack_tile(pass, grid, results, task, segment->dest, t, u, rows, columns, sums);
+      if (unpack) {
+        unpack_tile(pass, grid, results, task, segment->dest, tile.t, tile.u, tile.rows, tile.columns, sums);
+      } else if (by_dest && (segment->dest + 1 == group + kSideBySide * kWidth || segment->dest + 1 == range.end)) {
+        unpack_side_by_side(pass, task, tile, group, segment->dest + 1, acc);
+        group = segment->dest + 1;
+      }
     }
   }
-  if (!at_end) return;
-  for (std::int64_t i = 0; i < rows * columns; ++i) {
-    scalar_t* to = static_cast<scalar_t*>(dest.data) + task.first_image * dest.image_stride +
-                   (pass.first_row + (t + i / columns) * pass.row_step) * dest.row_stride +
-                   (pass.first_column + (u + i % columns) * pass.column_step) * dest.column_stride;
-    unpack_channels(acc + i * kWidth, acc_pitch, range.begin, range.end, to, dest.image_stride);
+  if (side_by_side && !by_dest && blocks.end == list.blocks) {
+    unpack_side_by_side(pass, task, tile, range.begin, range.end, acc + range.begin * acc_pitch);
   }
 }
 
 template <class scalar_t>
-static void run_pass(const StripPass& pass, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
-                     const scalar_t* packed, Ahead ahead, scalar_t* acc) {
+static void run_pass(const StripPass& pass, const Blocks& blocks, const StripLayout& layout, const LaneGrid& grid,
+                     const StripTask& task, const scalar_t* packed, Ahead ahead, scalar_t* acc) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   const std::int64_t block_columns = smaller_of(grid.block_columns, pass.columns);
   const TileShape shape = tile_shape(block_columns);
@@ -181,8 +218,9 @@ static void run_pass(const StripPass& pass, const StripLayout& layout, const Lan
   ahead.spread(shape.tiles(end - task.t, block_columns) * pass.list.block_begin[pass.list.blocks]);
   for (std::int64_t t = task.t; t < end; t += shape.rows) {
     for (std::int64_t u = 0; u < block_columns; u += shape.columns) {
-      correlate_channels(pass, grid, results, task, range, packed + (t - task.t) * row_pitch + u * kWidth, row_pitch, t,
-                         u, smaller_of(shape.rows, end - t), smaller_of(shape.columns, block_columns - u), ahead, acc);
+      const Tile tile{t, u, smaller_of(shape.rows, end - t), smaller_of(shape.columns, block_columns - u)};
+      correlate_channels(pass, blocks, grid, results, task, range, packed + (t - task.t) * row_pitch + u * kWidth,
+                         row_pitch, tile, ahead, acc);
     }
   }
 #if defined(CURVLAB_CPU_CAPABILITY_AVX512) || defined(CURVLAB_CPU_CAPABILITY_AVX2)
@@ -191,9 +229,9 @@ static void run_pass(const StripPass& pass, const StripLayout& layout, const Lan
 }
 
 template <class scalar_t>
-static void run_dot(const StripDot& dot, const StripLayout& layout, const StripLayout& grad_layout,
-                    const LaneGrid& grid, const StripTask& task, const scalar_t* packed, const scalar_t* packed_grad,
-                    Ahead ahead) {
+static void run_dot(const StripDot& dot, const Blocks& blocks, const StripLayout& layout,
+                    const StripLayout& grad_layout, const LaneGrid& grid, const StripTask& task, const scalar_t* packed,
+                    const scalar_t* packed_grad, Ahead ahead) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   const std::int64_t block_columns = smaller_of(grid.block_columns, dot.columns);
   const TileShape shape = tile_shape(block_columns);
@@ -212,7 +250,8 @@ static void run_dot(const StripDot& dot, const StripLayout& layout, const StripL
       const auto function = TileTables<scalar_t>::dot[rows - 1][columns - 1];
       const scalar_t* x = packed + (t - task.t) * row_pitch + u * kWidth;
       const scalar_t* grad = origin + (t - task.t) * grad_layout.row_pitch + u * kWidth;
-      for (const Segment* segment = list.segments; segment < list.segments + list.block_begin[list.blocks]; ++segment) {
+      const Segment* last = list.segments + list.block_begin[blocks.end];
+      for (const Segment* segment = list.segments + list.block_begin[blocks.begin]; segment < last; ++segment) {
         if (segment->count == 0 || segment->dest < range.begin || segment->dest >= range.end) continue;
         function(x, row_pitch, grad + segment->dest * grad_layout.channel_pitch, grad_layout.row_pitch,
                  list.offsets + segment->begin, segment->count, sums + segment->begin);
@@ -244,16 +283,29 @@ static void sum_channels(const StripDot& dot, const StripLayout& grad_layout, co
   }
 }
 
+// Packs one chunk of channels after the other and gives each to `use`: its number, and the address that channel 0 of
+// the packed strip would have.
+template <class scalar_t, class Use>
+static void for_each_chunk(const PlaneView& x, const StripLayout& layout, const LaneGrid& grid, const StripTask& task,
+                           scalar_t* packed, const Use& use) {
+  std::int64_t first = 0, chunk = 0;
+  do {  // once without channels, too: results are written all the same
+    pack_strip(x, layout, grid, task, first, packed);
+    use(chunk++, packed - first * layout.channel_pitch);
+    first += layout.chunk;
+  } while (first < x.channels);
+}
+
 template <class scalar_t>
 static void forward_strip(const StripTask& task, const StripWork& work, void* scratch) {
   scalar_t* acc = static_cast<scalar_t*>(scratch);
   scalar_t* packed = acc + work.acc_size;
-  pack_strip(work.x, work.x_layout, work.grid, task, packed);
   Ahead next;
   if (task.last) next = Ahead(work.x, task.first_image + work.grid.images, work.grid.images, sizeof(scalar_t));
-  for (std::int64_t p = 0; p < work.passes; ++p) {
-    run_pass(work.pass[p], work.x_layout, work.grid, task, packed, p == 0 ? next : Ahead(), acc);
-  }
+  for_each_chunk(work.x, work.x_layout, work.grid, task, packed, [&](std::int64_t chunk, const scalar_t* x) {
+    const StripPass& pass = *work.pass;
+    run_pass(pass, Blocks::of_chunk(pass.list, chunk), work.x_layout, work.grid, task, x, next, acc);
+  });
 }
 
 // Input gradient (its passes) and weight gradient (where `dot` is given), which share the packed gradient.
@@ -261,20 +313,25 @@ template <class scalar_t>
 static void backward_strip(const StripTask& task, const StripWork& work, const StripDot* dot, void* scratch) {
   scalar_t* acc = static_cast<scalar_t*>(scratch);
   scalar_t* packed_grad = acc + work.acc_size;
-  pack_strip(work.grad, work.grad_layout, work.grid, task, packed_grad);
   Ahead next;
   if (task.last) next = Ahead(work.grad, task.first_image + work.grid.images, work.grid.images, sizeof(scalar_t));
   const bool dots = dot != nullptr && task.t < smaller_of(work.grid.block_rows, dot->rows);
   Ahead between = next;
   if (dots) between = task.t == 0 ? Ahead(work.x, task.first_image, work.grid.images, sizeof(scalar_t)) : Ahead();
-  for (std::int64_t p = 0; p < work.passes; ++p) {
-    run_pass(work.pass[p], work.grad_layout, work.grid, task, packed_grad, p == 0 ? between : Ahead(), acc);
-  }
+  for_each_chunk(work.grad, work.grad_layout, work.grid, task, packed_grad, [&](std::int64_t chunk, const scalar_t* g) {
+    for (std::int64_t p = 0; p < work.passes; ++p) {
+      const StripPass& pass = work.pass[p];
+      const Blocks blocks = Blocks::of_chunk(pass.list, chunk);
+      run_pass(pass, blocks, work.grad_layout, work.grid, task, g, p == 0 ? between : Ahead(), acc);
+    }
+  });
   if (!dots) return;
   if (dot->channel_sums != nullptr) sum_channels(*dot, work.grad_layout, work.grid, task, packed_grad);
   scalar_t* packed = packed_grad + work.grad_size;
-  pack_strip(work.x, work.x_layout, work.grid, task, packed);
-  run_dot(*dot, work.x_layout, work.grad_layout, work.grid, task, packed, packed_grad, next);
+  for_each_chunk(work.x, work.x_layout, work.grid, task, packed, [&](std::int64_t chunk, const scalar_t* x) {
+    const Blocks blocks = Blocks::of_chunk(dot->list, chunk);
+    run_dot(*dot, blocks, work.x_layout, work.grad_layout, work.grid, task, x, packed_grad, next);
+  });
 }
 
 #if defined(CURVLAB_CPU_CAPABILITY_AVX512)

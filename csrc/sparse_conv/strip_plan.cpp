@@ -9,6 +9,7 @@ namespace {
 
 // Entries per block and destination below which blocks cost more (accumulators loaded and stored) than L1 gains.
 constexpr double kLeastEntries = 6;
+constexpr std::int64_t kChunkBytes = 256 * 1024;  // of packed channels, and of accumulators that blocks come back to
 
 std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -17,11 +18,20 @@ struct Entry {
   std::int32_t dest, channel, offset, position;
 };
 
-void finish_layout(StripLayout& layout, const PlanTarget& target) {
+// Of one destination channel and tile.
+std::int64_t accumulator_bytes(const PlanTarget& target) { return target.tile * target.lanes * target.element_size; }
+
+// `most_bytes` of a tile's packed channels; 0: all of them together.
+void finish_layout(StripLayout& layout, std::int64_t most_bytes, const PlanTarget& target) {
   layout.phase_pitch = ceil_div(layout.columns, layout.column_step) * target.lanes;
   layout.channel_pitch = layout.column_step * layout.phase_pitch;
+  layout.chunk = layout.channels;
+  if (most_bytes > 0) {  // a multiple of what is transposed at once; a tile has up to two rows of eight columns
+    const std::int64_t most = most_bytes / (2 * layout.channel_pitch * target.element_size);
+    layout.chunk = std::min(layout.chunk, std::max<std::int64_t>(most / target.lanes, 1) * target.lanes);
+  }
   const std::int64_t line = std::max<std::int64_t>(64 / target.element_size, 1);
-  std::int64_t lines = ceil_div(layout.channels * layout.channel_pitch, line);
+  std::int64_t lines = ceil_div(layout.chunk * layout.channel_pitch, line);
   // a tile's rows should not fall into the same sets of the L1 cache (64 sets of 64-byte lines)
   while (lines % 64 < 20 || lines % 64 > 44) ++lines;
   layout.row_pitch = lines * line;
@@ -37,7 +47,9 @@ StripLayout source_of_forward(const ConvWeight& w, std::int64_t columns, const P
   layout.first_column = -w.padding[1];
   layout.reach_rows = (w.kernel[0] - 1) * w.dilation[0] + 1;
   layout.columns = (columns - 1) * w.stride[1] + (w.kernel[1] - 1) * w.dilation[1] + 1;
-  finish_layout(layout, target);
+  // images in place of columns leave many channels to a tile; their accumulators stay in L2 from chunk to chunk
+  const bool chunks = target.folded && w.channels_out * accumulator_bytes(target) <= kChunkBytes;
+  finish_layout(layout, chunks ? kChunkBytes : 0, target);
   return layout;
 }
 
@@ -63,13 +75,15 @@ StripLayout source_of_input(const ConvWeight& w, std::int64_t columns_of_phase, 
   layout.first_column = columns.first;
   layout.reach_rows = rows.last - rows.first + 1;
   layout.columns = std::max(columns_of_phase - 1 + columns.last, out_columns - 1) - columns.first + 1;
-  finish_layout(layout, target);
+  finish_layout(layout, 0, target);
   return layout;
 }
 
-// Source channels of a block: as many as keep a tile's window in L1, or all where too few entries would be left.
+// Source channels of a block: as many as keep a tile's window in L1, or all of a chunk where too few entries would be
+// left, or more accumulators than L2 holds.
 std::int64_t block_channels(const StripLayout& layout, std::int64_t columns, std::int64_t channels_per_dest,
-                            double entries_per_dest, std::int64_t kernel_columns, const PlanTarget& target) {
+                            double entries_per_dest, std::int64_t dests, std::int64_t kernel_columns,
+                            const PlanTarget& target) {
   const std::int64_t tiles = std::max<std::int64_t>(ceil_div(columns, target.tile), 1);
   const std::int64_t tile_columns = std::max<std::int64_t>(ceil_div(columns, tiles), 1);
   const std::int64_t tile_rows = std::clamp<std::int64_t>(target.tile / tile_columns, 1, 4);
@@ -78,11 +92,19 @@ std::int64_t block_channels(const StripLayout& layout, std::int64_t columns, std
   // of 48 KB, windows of 20, 26, 32 and 40 KB took 56, 55, 52 and 49 ms (64 -> 64 channels at 32 x 32, 90 % zeros)
   const std::int64_t channels = std::max<std::int64_t>(target.cache_bytes * 7 / 8 / window, 1);
   const std::int64_t blocks = ceil_div(std::max<std::int64_t>(channels_per_dest, 1), channels);
-  if (blocks <= 1 || entries_per_dest / static_cast<double>(blocks) < kLeastEntries) return layout.channels;
-  return ceil_div(channels_per_dest, blocks);
+  if (blocks <= 1 || entries_per_dest / static_cast<double>(blocks) < kLeastEntries) return layout.chunk;
+  if (layout.chunk == layout.channels) {
+    if (target.folded && dests * accumulator_bytes(target) > kChunkBytes) return layout.chunk;
+    return ceil_div(channels_per_dest, blocks);
+  }
+  std::int64_t block = layout.chunk;  // which blocks divide
+  while (block % 2 == 0 && block > channels) block /= 2;
+  return block;
 }
 
-OwnedList make_list(std::vector<Entry> entries, std::int64_t dests, std::int64_t channels, std::int64_t block) {
+OwnedList make_list(std::vector<Entry> entries, std::int64_t dests, const StripLayout& layout, std::int64_t block,
+                    const PlanTarget& target) {
+  const std::int64_t channels = layout.channels;
   block = std::max<std::int64_t>(block, 1);
   const std::int64_t blocks = std::max<std::int64_t>(ceil_div(channels, block), 1);
   // stable: within a block and destination by position of the source, as they came
@@ -91,6 +113,8 @@ OwnedList make_list(std::vector<Entry> entries, std::int64_t dests, std::int64_t
     return x != y ? x < y : a.dest < b.dest;
   });
   OwnedList list;
+  list.chunk_blocks = static_cast<std::int32_t>(std::max<std::int64_t>(ceil_div(layout.chunk, block), 1));
+  list.by_dest = target.folded && blocks == 1;
   list.block_begin.push_back(0);
   list.entries_before.assign(static_cast<std::size_t>(dests) + 1, 0);
   for (const Entry& entry : entries) ++list.entries_before[static_cast<std::size_t>(entry.dest) + 1];
@@ -106,8 +130,9 @@ OwnedList make_list(std::vector<Entry> entries, std::int64_t dests, std::int64_t
             {static_cast<std::int32_t>(dest), static_cast<std::int32_t>(begin), static_cast<std::int32_t>(k - begin)});
       }
     }
-    std::stable_sort(list.segments.begin() + static_cast<std::ptrdiff_t>(first), list.segments.end(),
-                     [](const Segment& a, const Segment& b) { return a.count < b.count; });
+    if (!list.by_dest)
+      std::stable_sort(list.segments.begin() + static_cast<std::ptrdiff_t>(first), list.segments.end(),
+                       [](const Segment& a, const Segment& b) { return a.count < b.count; });
     list.block_begin.push_back(static_cast<std::int32_t>(list.segments.size()));
   }
   for (const Entry& entry : entries) {
@@ -147,8 +172,9 @@ OwnedList forward_list(const CpuPlan& plan, const std::int64_t* indices, const P
   const double per_dest =
       static_cast<double>(plan.entries) / static_cast<double>(std::max<std::int64_t>(w.channels_out, 1));
   const std::int64_t columns = std::min(plan.out_width, plan.grid.block_columns);
-  const std::int64_t block = block_channels(layout, columns, w.channels_in_group, per_dest, w.kernel[1], target);
-  return make_list(std::move(entries), w.channels_out, layout.channels, block);
+  const std::int64_t block =
+      block_channels(layout, columns, w.channels_in_group, per_dest, w.channels_out, w.kernel[1], target);
+  return make_list(std::move(entries), w.channels_out, layout, block, target);
 }
 
 InputPass input_pass(const CpuPlan& plan, std::int64_t phase_row, std::int64_t phase_column,
@@ -176,8 +202,9 @@ InputPass input_pass(const CpuPlan& plan, std::int64_t phase_row, std::int64_t p
   const double per_dest =
       static_cast<double>(entries.size()) / static_cast<double>(std::max<std::int64_t>(channels, 1));
   const std::int64_t columns = std::min(pass.columns, plan.grid.block_columns);
-  const std::int64_t block = block_channels(layout, columns, w.channels_out / w.groups, per_dest, w.kernel[1], target);
-  pass.list = make_list(std::move(entries), channels, layout.channels, block);
+  const std::int64_t block =
+      block_channels(layout, columns, w.channels_out / w.groups, per_dest, channels, w.kernel[1], target);
+  pass.list = make_list(std::move(entries), channels, layout, block, target);
   return pass;
 }
 

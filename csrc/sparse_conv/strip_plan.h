@@ -16,6 +16,8 @@ struct OwnedList {
   std::vector<Segment> segments;
   std::vector<std::int64_t> entries_before;
   bool in_order = true;  // gather is 0, 1, 2, ...
+  std::int32_t chunk_blocks = 1;
+  bool by_dest = false;
 
   EntryList view() const {
     return {offsets.data(),
@@ -23,7 +25,9 @@ struct OwnedList {
             block_begin.data(),
             entries_before.data(),
             static_cast<std::int64_t>(entries_before.size()) - 1,
-            static_cast<std::int32_t>(block_begin.size()) - 1};
+            static_cast<std::int32_t>(block_begin.size()) - 1,
+            chunk_blocks,
+            by_dest};
   }
 };
 
@@ -48,6 +52,7 @@ struct CpuPlan {
 struct PlanTarget {
   std::int64_t lanes, tile, element_size;
   std::int64_t cache_bytes;  // of L1
+  bool folded;               // images take the place of columns (BatchPart): the channels of results lie side by side
 };
 
 // Whether 32-bit offsets reach everywhere in a strip, and 32-bit positions in the values.

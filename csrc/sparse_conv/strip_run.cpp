@@ -34,10 +34,10 @@ std::int64_t cache_bytes() {
   return 32 * 1024;
 }
 
-PlanTarget target_of(at::ScalarType type) {
+PlanTarget target_of(at::ScalarType type, bool folded) {
   const CpuKernels& kernels = cpu_kernels();
   const int index = type_index(type);
-  return {kernels.lanes[index], kernels.tile, index == 1 ? 8 : 4, cache_bytes()};
+  return {kernels.lanes[index], kernels.tile, index == 1 ? 8 : 4, cache_bytes(), folded};
 }
 
 PlaneView view_of(const at::Tensor& tensor, const BatchPart& part) {
@@ -97,9 +97,11 @@ class OrderedValues {
 struct Cut {
   std::int64_t images, together, groups, strips, strip_rows;
 
-  Cut(std::int64_t images, std::int64_t rows, std::int64_t bytes_per_row, std::int64_t together, std::int64_t tile_rows)
+  Cut(std::int64_t images, std::int64_t rows, std::int64_t bytes_per_row, std::int64_t together, std::int64_t tile_rows,
+      bool single_tiles)
       : images(images), together(together), groups((images + together - 1) / together) {
-    const std::int64_t most = std::max(kStripBytes / std::max<std::int64_t>(bytes_per_row, 1), tile_rows);
+    const std::int64_t fit = kStripBytes / std::max<std::int64_t>(bytes_per_row, 1);
+    const std::int64_t most = single_tiles ? tile_rows : std::max(fit, tile_rows);
     strips = (rows + most - 1) / most;
     strip_rows = (rows + strips - 1) / strips;
     strip_rows = std::min((strip_rows + tile_rows - 1) / tile_rows * tile_rows, rows);
@@ -185,11 +187,15 @@ void add_partials(const OwnedList& list, const at::Tensor& partials, const at::T
 
 }  // namespace
 
-std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& weight,
-                                         std::int64_t height, std::int64_t width, const LaneGrid& grid,
-                                         at::ScalarType type) {
+std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& whole,
+                                         const BatchPart& part, at::IntArrayRef input_size, at::ScalarType type) {
   static PlanCache<CpuPlan> cache;
-  const PlanTarget target = target_of(type);
+  const bool folded = part.columns != 0;
+  ConvWeight weight = whole;
+  if (folded) weight.stride[0] = weight.stride[1] = 1;  // images are no pixels to step over
+  const std::int64_t height = part.height(input_size[2]), width = part.width(input_size[3]);
+  const LaneGrid& grid = part.grid;
+  const PlanTarget target = target_of(type, folded);
   if (!plan_fits(weight, height, width, indices.numel(), target)) return nullptr;
   const PlanKey key{weight.channels_out,
                     weight.channels_in_group,
@@ -207,7 +213,8 @@ std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indic
                     type_index(type),
                     grid.images,
                     grid.rows,
-                    grid.columns};
+                    grid.columns,
+                    folded};
   return cache.get(indices, key, [&] {
     const at::Tensor positions = indices.contiguous();
     check_positions(op, positions, weight.elements());
@@ -270,7 +277,8 @@ void run_forward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x
   const LaneGrid& grid = plan.grid;
   const Cut cut(work.x.images, std::min(plan.out_height, grid.block_rows),
                 plan.x_layout.row_pitch * plan.x_layout.row_step * element, grid.images,
-                tile_rows_of(std::min(plan.out_width, grid.block_columns), kernels.tile));
+                tile_rows_of(std::min(plan.out_width, grid.block_columns), kernels.tile),
+                plan.x_layout.chunk < plan.x_layout.channels);  // accumulators of one tile stay from chunk to chunk
   const std::int64_t elements = work.acc_size + plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch;
   const std::int64_t units = cut.units(), parts = parts_for(units);
   at::parallel_for(0, units * parts, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -309,7 +317,7 @@ void run_backward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& 
   const LaneGrid& grid = plan.grid;
   const Cut cut(work.grad.images, std::min(gx.defined() ? plan.grad_rows : plan.out_height, grid.block_rows),
                 (plan.grad_layout.row_pitch + x_row) * element, grid.images,
-                tile_rows_of(std::min(plan.out_width, grid.block_columns), kernels.tile));
+                tile_rows_of(std::min(plan.out_width, grid.block_columns), kernels.tile), false);
   work.grad_size = plan.grad_layout.rows(cut.strip_rows) * plan.grad_layout.row_pitch;
   const std::int64_t x_size = gv.defined() ? plan.x_layout.rows(cut.strip_rows) * plan.x_layout.row_pitch : 0;
   const std::size_t bytes = static_cast<std::size_t>((work.acc_size + work.grad_size + x_size) * element);

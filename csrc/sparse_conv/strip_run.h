@@ -12,11 +12,6 @@
 
 namespace curvlab::sparse_conv {
 
-// The plan of (indices, geometry), or null where 32-bit offsets do not reach. Checks indices when it makes one.
-std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& weight,
-                                         std::int64_t height, std::int64_t width, const LaneGrid& grid,
-                                         at::ScalarType type);
-
 // Part of a batch, with what its lanes hold. A layer of 1 x 1 planes (a linear one) has nothing to fill a tile's
 // columns with: there images take their place, `columns` registers of them in a row; 0: planes as they are.
 struct BatchPart {
@@ -29,6 +24,11 @@ struct BatchPart {
 };
 
 std::vector<BatchPart> parts_of_batch(const ConvWeight& weight, at::IntArrayRef input_size, at::ScalarType type);
+
+// The plan of (indices, geometry) for a part of the batch, or null where 32-bit offsets do not reach. Checks indices
+// when it makes one.
+std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indices, const ConvWeight& weight,
+                                         const BatchPart& part, at::IntArrayRef input_size, at::ScalarType type);
 
 // out = conv(x, values) + bias on a part; `bias` may be undefined.
 void run_forward(const CpuPlan& plan, const BatchPart& part, const at::Tensor& x, const at::Tensor& values,

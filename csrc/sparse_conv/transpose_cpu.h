@@ -47,11 +47,11 @@ CURVLAB_INLINE void regroup_quarters(__m512 a, __m512 b, __m512 c, __m512 d, __m
   rows[3] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
 }
 
-template <bool stream>
-CURVLAB_INLINE void transpose_floats(const float* from, std::int64_t from_pitch, float* to, std::int64_t to_pitch) {
+template <bool stream, class From>
+CURVLAB_INLINE void transpose_floats(const From& from, float* to, std::int64_t to_pitch) {
   __m512 r[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * from_pitch);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from(i));
   transpose_quarters(r);
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
@@ -62,11 +62,11 @@ CURVLAB_INLINE void transpose_floats(const float* from, std::int64_t from_pitch,
   }
 }
 #elif defined(CURVLAB_CPU_CAPABILITY_AVX2)
-template <bool stream>
-CURVLAB_INLINE void transpose_floats(const float* from, std::int64_t from_pitch, float* to, std::int64_t to_pitch) {
+template <bool stream, class From>
+CURVLAB_INLINE void transpose_floats(const From& from, float* to, std::int64_t to_pitch) {
   __m256 r[8], t[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * from_pitch);
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from(i));
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -94,16 +94,22 @@ CURVLAB_INLINE void transpose_floats(const float* from, std::int64_t from_pitch,
 }
 #endif
 
-// to[j to_pitch + i] = from[i from_pitch + j], i, j < kWidth. stream: past the caches, `to` rows aligned to a register.
-template <class scalar_t, bool stream>
-CURVLAB_INLINE void transpose(const scalar_t* from, std::int64_t from_pitch, scalar_t* to, std::int64_t to_pitch) {
+// to[j to_pitch + i] = from(i)[j], i, j < kWidth. stream: past the caches, `to` rows aligned to a register.
+template <class scalar_t, bool stream, class From>
+CURVLAB_INLINE void transpose_rows(const From& from, scalar_t* to, std::int64_t to_pitch) {
 #if defined(CURVLAB_CPU_CAPABILITY_AVX512) || defined(CURVLAB_CPU_CAPABILITY_AVX2)
-  if constexpr (sizeof(scalar_t) == sizeof(float)) return transpose_floats<stream>(from, from_pitch, to, to_pitch);
+  if constexpr (sizeof(scalar_t) == sizeof(float)) return transpose_floats<stream>(from, to, to_pitch);
 #endif
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
   for (int i = 0; i < kWidth; ++i) {
-    for (int j = 0; j < kWidth; ++j) to[j * to_pitch + i] = from[i * from_pitch + j];
+    for (int j = 0; j < kWidth; ++j) to[j * to_pitch + i] = from(i)[j];
   }
+}
+
+// The same of rows that lie `from_pitch` apart.
+template <class scalar_t, bool stream>
+CURVLAB_INLINE void transpose(const scalar_t* from, std::int64_t from_pitch, scalar_t* to, std::int64_t to_pitch) {
+  transpose_rows<scalar_t, stream>([=](int i) { return from + i * from_pitch; }, to, to_pitch);
 }
 
 // to[j kWidth + i] = from(i)[column + j], j < 4: four columns of as many rows as a register has lanes.
