@@ -270,6 +270,25 @@ template <class scalar_t>
 static void unpack_lanes(const scalar_t* acc, const LaneResults<scalar_t>& results, std::int64_t t, std::int64_t u,
                          std::int64_t rows, std::int64_t columns, scalar_t* to) {
   constexpr int kWidth = Vectors<scalar_t>::kWidth;
+#if defined(CURVLAB_CPU_CAPABILITY_AVX512)
+  if constexpr (kWidth == 16) {
+    if (results.column_pitch == 1 && rows * columns <= 16) {
+      alignas(64) scalar_t block[16 * 16];  // of each lane
+      transpose<scalar_t, false>(acc, 16, block, 16);
+      for (int lane = 0; lane < 16; ++lane) {
+        const std::int64_t rows_there = smaller_of(rows, results.rows[lane] - t);
+        const std::int64_t columns_there = larger_of(smaller_of(columns, results.columns[lane] - u), 0);
+        const auto there = static_cast<__mmask16>((1u << columns_there) - 1);
+        scalar_t* out = to + results.offset[lane];
+        for (std::int64_t r = 0; r < rows_there; ++r, out += results.row_pitch) {
+          const __m512 row = _mm512_maskz_loadu_ps(there, block + 16 * lane + r * columns);
+          _mm512_mask_storeu_ps(out, there, row);
+        }
+      }
+      return;
+    }
+  }
+#endif
   for (int lane = 0; lane < kWidth; ++lane) {
     const std::int64_t rows_there = smaller_of(rows, results.rows[lane] - t);
     const std::int64_t columns_there = smaller_of(columns, results.columns[lane] - u);

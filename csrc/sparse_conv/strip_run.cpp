@@ -21,6 +21,7 @@ namespace {
 constexpr std::int64_t kStripBytes = 1536 * 1024;  // packed sources of a strip: most of a 2 MB L2 cache
 constexpr std::int64_t kStreamBytes = 4 << 20;     // larger results bypass the caches
 constexpr std::int64_t kFoldedColumns = 8;         // of BatchPart
+constexpr std::int64_t kLeastBlockColumns = 6;     // of blocks whose results are no whole lines
 constexpr std::int64_t kPartials = 8;              // of the weight gradient
 
 int type_index(at::ScalarType type) { return type == at::kDouble ? 1 : 0; }
@@ -136,17 +137,21 @@ bool maps_planes_to_planes(const ConvWeight& weight, std::int64_t height, std::i
          (width + weight.stride[1] - 1) / weight.stride[1] == out_width;
 }
 
-// Blocks that pack at full speed: of eight columns, or of whole lines, without steps; else images alone. Of the grids
-// that fit, these won: 4 x 4 for planes of 32 columns, 2 x 2 for 16, 4 x 1 for 8.
+// Blocks that pack at full speed, for strides of one: of eight columns or of whole lines, whose results are written as
+// lines too, else of whatever planes divide into; images alone where they do not. Of the grids that fit, these won: 4 x
+// 4 for planes of 32 columns, 2 x 2 for 16, 4 x 1 for 8.
 LaneGrid fast_grid(const ConvWeight& weight, std::int64_t height, std::int64_t width, std::int64_t lanes) {
   const LaneGrid whole{lanes, 1, 1, 0, 0};
   if (weight.stride[0] != 1 || weight.stride[1] != 1) return whole;
   constexpr std::int64_t kGrids[][2] = {{4, 4}, {2, 2}, {4, 1}};
-  for (const auto& [rows, columns] : kGrids) {
-    if (lanes % (rows * columns) != 0 || height % rows != 0 || width % columns != 0) continue;
-    const std::int64_t block = width / columns;
-    if (block == 8 || (columns == 4 && block % 16 == 0 && block <= kMostBlockColumns)) {
-      return {lanes / (rows * columns), rows, columns, 0, 0};
+  for (const bool lines : {true, false}) {
+    for (const auto& [rows, columns] : kGrids) {
+      if (lanes % (rows * columns) != 0 || height % rows != 0 || width % columns != 0) continue;
+      const std::int64_t block = width / columns;
+      const bool in_lines = block == 8 || (columns == 4 && block % 16 == 0);
+      if (block <= kMostBlockColumns && (lines ? in_lines : block >= kLeastBlockColumns && columns > 1)) {
+        return {lanes / (rows * columns), rows, columns, 0, 0};
+      }
     }
   }
   return whole;
