@@ -35,8 +35,9 @@ class MaskedLayer(nn.Module):
         bias: parameter ``[out]`` or None.
         weight_shape: of the dense weight.
         kernels: what was asked for: "auto", "sparse" or "dense".
-        path: what computes: "sparse" or "dense".  Where the sparse kernels have no such dtype, and under autocast, the
-            dense path is taken whatever this says.
+        path: what computes batches as one trains with: "sparse" or "dense".  Where the sparse kernels have no such
+            dtype, under autocast, and for batches too small for them if kernels is "auto", the dense path is taken
+            whatever this says.
     """
 
     values: nn.Parameter
@@ -144,10 +145,14 @@ class MaskedLayer(nn.Module):
         self.path = self._choose()
         return self
 
-    def _takes_sparse(self) -> bool:
+    def _takes_sparse(self, positions: int) -> bool:
         device, dtype = self.values.device.type, self.values.dtype
         if self.path == "dense" or torch.is_autocast_enabled(device):  # the library's kernels know what autocast wants
             return False
+        if self.kernels == "auto" and not torch.compiler.is_compiling():  # a compiled graph serves any batch
+            path = choose_path(self.kernels, self.density, self.values.device, self.weight_shape, positions)
+            if path == "dense":
+                return False
         return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and device == "cuda")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -215,7 +220,7 @@ class MaskedConv2d(MaskedLayer):
         if self.outer_padding:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self.outer_padding, mode)
-        if self._takes_sparse():
+        if self._takes_sparse(x.numel() // max(x.shape[-3], 1) // (self.stride[0] * self.stride[1])):
             return sparse_conv.masked_conv2d(
                 x, self.values, self.indices, self.weight_shape, self.bias,
                 stride=self.stride, padding=self.inner_padding, dilation=self.dilation, groups=self.groups,
@@ -267,7 +272,7 @@ class MaskedLinear(MaskedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        if self._takes_sparse():
+        if self._takes_sparse(x.numel() // max(self.in_features, 1)):
             return sparse_conv.masked_linear(x, self.values, self.indices, self.weight_shape, self.bias)
         return F.linear(x, self.to_dense(), self.bias)
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from curvlab.norms import parameter_norms
+from curvlab.ops import sparse_conv
 from curvlab.sparse import Mask, MaskedConv2d, MaskedLinear, densify, random_mask, sparsify
-from curvlab.sparse.crossover import LINEAR_DENSITY, choose_path
+from curvlab.sparse.crossover import FEW_POSITIONS_DENSITY, choose_path
 from tests.sparse.samples import F64, batch, mask_of, masked, network, normal, seeded
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -189,7 +190,7 @@ def test_compiles_whole(kernels: Any) -> None:
 
 def test_auto_goes_by_density_and_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    limits = [((64, 32, 3, 3), 0.8), ((64, 64, 3, 3), 0.6), ((64, 512, 1, 1), 0.6), ((9, 5), LINEAR_DENSITY)]
+    limits = [((64, 32, 3, 3), 0.65), ((64, 128, 3, 3), 0.57), ((64, 2048, 1, 1), 0.55), ((256, 4096), 0.2)]
     for shape, limit in limits:
         assert choose_path("auto", limit, cpu, shape) == "sparse"
         assert choose_path("auto", limit + 1e-6, cpu, shape) == "dense"
@@ -197,10 +198,27 @@ def test_auto_goes_by_density_and_device() -> None:
         assert choose_path("sparse", 1.0, cuda, shape) == "sparse"
         assert choose_path("dense", 0.0, cpu, shape) == "dense"
     assert choose_path("auto", 1.0, cpu, (32, 3, 3, 3)) == "sparse"  # few weights a filter: always faster
+    assert choose_path("auto", 0.01, cpu, (10, 256)) == "dense"  # few weights: never
     layer = nn.Conv2d(32, 2, 3)
     order = torch.arange(layer.weight.numel()).view(layer.weight.shape)
     assert [MaskedConv2d(layer, order < n).path for n in (3, 575)] == ["sparse", "dense"]
     assert "3 of 576 weights, sparse" in repr(MaskedConv2d(layer, order < 3))
+
+
+def test_auto_computes_small_batches_densely(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("masked_conv2d", "masked_linear"):
+        op = getattr(sparse_conv, name)
+        monkeypatch.setattr(sparse_conv, name, lambda *a, op=op, name=name, **k: calls.append(name) or op(*a, **k))
+    conv = MaskedConv2d(
+        nn.Conv2d(8, 8, 3, padding=1), torch.rand(8, 8, 3, 3, generator=seeded(0)) < FEW_POSITIONS_DENSITY + 0.1
+    )
+    linear = MaskedLinear(nn.Linear(1024, 512), torch.rand(512, 1024, generator=seeded(0)) < 0.15)
+    assert (conv.path, linear.path) == ("sparse", "sparse")
+    conv(torch.randn(1, 8, 16, 16)), linear(torch.randn(100, 1024))
+    assert calls == []
+    conv(torch.randn(4, 8, 16, 16)), linear(torch.randn(2, 64, 1024))
+    assert calls == ["masked_conv2d", "masked_linear"]
 
 
 def test_frozen_weights_stay_frozen() -> None:
