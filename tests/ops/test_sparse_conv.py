@@ -31,6 +31,31 @@ GEOMETRIES = [
 ]
 DENSITIES = [Case(density=0.0), Case(density=1.0), Case(density=0.02), Case(c_in=6, c_out=9, empty_rows=True)]
 
+# Planes cut into blocks, several to a register.
+BLOCKS = [
+    *[Case(n=n, c_in=17, c_out=19, height=32, width=32, density=0.1) for n in (1, 3)],
+    *[Case(n=n, c_in=17, c_out=18, height=16, width=16, density=0.1) for n in (1, 5, 8)],
+    *[Case(n=n, c_in=18, c_out=17, height=8, width=8) for n in (1, 6, 18)],
+    *[Case(n=2, height=64, width=w) for w in (16, 64, 128)],
+    *[Case(n=5, c_in=20, height=h, width=w) for h, w in ((28, 28), (20, 20), (14, 14), (12, 24), (4, 40), (16, 4))],
+    Case(n=3, height=32, width=32, kernel=(5, 5), padding=(2, 2)),
+    Case(n=3, height=32, width=32, kernel=(1, 1), padding=(0, 0)),
+    Case(n=3, height=16, width=16, kernel=(3, 1), padding=(4, 0), dilation=(4, 1), groups=2),
+    Case(n=6, height=16, width=16, padding=(9, 9), dilation=(9, 9)),  # halos wider than a block
+    Case(n=3, height=16, width=16, padding=(0, 0)),  # results smaller than the planes: not cut
+    Case(n=3, c_in=20, height=16, width=12, stride=(2, 2)),
+    Case(n=2, height=15, width=16, stride=(2, 1)),
+    Case(n=1, c_in=200, c_out=3, height=64, width=64, density=0.05),  # several strips of a block
+]
+# Layers of single positions: images in place of columns, channels a chunk at a time.
+LINEAR = {"kernel": (1, 1), "padding": (0, 0), "height": 1, "width": 1, "density": 0.05}
+CHUNKS = [
+    *[Case(n=n, c_in=1100, c_out=40, **LINEAR) for n in (16, 128, 150, 300)],
+    Case(n=128, c_in=40, c_out=700, **LINEAR),
+    Case(n=128, c_in=1100, c_out=700, **LINEAR),
+    Case(n=128, c_in=530, c_out=20, **(LINEAR | {"density": 0.9})),
+]
+
 
 def name(case: Any) -> str:
     return str(case) if isinstance(case, Case) else ""
@@ -40,6 +65,13 @@ def name(case: Any) -> str:
 @pytest.mark.parametrize("case", [*SIZES, *GEOMETRIES, *DENSITIES], ids=name)
 def test_results_are_those_of_the_twin(case: Case, dtype: torch.dtype) -> None:
     assert_right(case, dtype, "contiguous")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "part"])
+@pytest.mark.parametrize("case", [*BLOCKS, *CHUNKS], ids=name)
+def test_results_of_blocks_and_chunks(case: Case, layout: str) -> None:
+    assert_right(case, torch.float32, layout)
+    assert_right(case, torch.float64, layout)
 
 
 @pytest.mark.parametrize("layout", [name for name in layouts() if name != "contiguous"])
@@ -89,8 +121,10 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad))
 
 
-def test_threads_give_equal_bits() -> None:
-    case = Case(n=70, c_in=20, c_out=24, height=16, width=16)
+@pytest.mark.parametrize(
+    "case", [Case(n=70, c_in=20, c_out=24, height=16, width=16), Case(n=150, c_in=600, c_out=40, **LINEAR)], ids=name
+)
+def test_threads_give_equal_bits(case: Case) -> None:
     x, values, indices, bias, grad = tensors(case, torch.float32)
     before, results = torch.get_num_threads(), []
     try:
@@ -215,6 +249,7 @@ for dtype in (torch.float32, torch.float64):
     for layout in ("contiguous", "channels_last", "strided"):
         assert_right(Case(n=19), dtype, layout)
         assert_right(Case(n=16, c_in=20, c_out=18, stride=(2, 1), height=9, width=18, density=0.6), dtype, layout)
+        assert_right(Case(n=5, c_in=20, height=16, width=16), dtype, layout)
         assert_right(Case(n=34, c_in=20, c_out=18, kernel=(1, 1), padding=(0, 0), height=1, width=1), dtype, layout)
 """
 
