@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import operator
 import os
 import sys
 from pathlib import Path
@@ -92,12 +93,30 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def updated(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of ``path`` but those of the cases in ``rows``, then ``rows``.
+
+    Raises:
+        ValueError: path holds no rows.
+    """
+    case = operator.itemgetter("benchmark", "threads", "case")
+    measured = {case(row) for row in rows}
+    try:
+        kept = [row for row in json.loads(path.read_text()) if case(row) not in measured] if path.exists() else []
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--only: {path} must hold the rows of an earlier --json, got {error!r}") from error
+    return kept + rows
+
+
 def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the cases of benchmark ``name`` and print their table."""
     module = load(name)
     rounds, seconds, budget = (7, 0.05, 15.0) if options.quick else (25, 0.2, 60.0)
+    budget = options.budget or budget
     rows: list[dict[str, Any]] = []
     for case in module.cases(quick=options.quick):
+        if options.only and options.only not in case.name:
+            continue
         if sys.stderr.isatty():
             print(f"\r{name}: {case.name} …\033[K", end="", file=sys.stderr, flush=True)
         for row in harness.measure(case, rounds=rounds, seconds=seconds, budget=budget):
@@ -109,7 +128,8 @@ def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         f"ours/peer/limit ms: processor time a call, wall ms: wall time; ratio = peer / ours\n"
         f"allocator: {harness.allocator_settings()}"
     )
-    print_table(module.TITLE, rows, settings=settings)
+    if rows or not options.only:
+        print_table(module.TITLE, rows, settings=settings)
     return rows
 
 
@@ -119,6 +139,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("name", choices=[*names(), "all"], help="which comparison")
     found.add_argument("--threads", type=int, default=1, help="threads of every engine (default 1)")
     found.add_argument("--quick", action="store_true", help="fewer rounds and sizes; ends within 5 minutes")
+    found.add_argument("--budget", type=float, metavar="SECONDS", help="for the rounds of a case (60; with --quick 15)")
+    found.add_argument("--only", metavar="TEXT", help="cases whose name contains TEXT; other rows of FILE stay")
     found.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     return found
 
@@ -128,8 +150,15 @@ def main() -> int:
     options = parser().parse_args()
     if options.threads < 1:
         parser().error(f"--threads must be at least 1, got {options.threads}")
+    if options.budget is not None and not options.budget > 0:
+        parser().error(f"--budget must be above 0 seconds, got {options.budget:g}")
     if options.json and not os.access(options.json.parent, os.W_OK):  # now, not after minutes of measuring
         parser().error(f"--json: {options.json.parent} must be a folder that can be written to")
+    if options.only and options.json:
+        try:
+            updated(options.json, [])
+        except ValueError as error:
+            parser().error(str(error))
     try:
         import torch
 
@@ -139,8 +168,10 @@ def main() -> int:
     harness.keep_pages()
     torch.set_num_threads(options.threads)
     rows = [row for name in (names() if options.name == "all" else [options.name]) for row in run(name, options)]
+    if options.only and not rows:
+        parser().error(f"--only: no case of {options.name} contains {options.only!r}")
     if options.json:
-        write_json(options.json, rows)
+        write_json(options.json, updated(options.json, rows) if options.only else rows)
     return 0
 
 

@@ -70,6 +70,9 @@ def test_sparse_benchmark() -> None:
     for layer in ("64 → 64 @32²", "64 → 128 @16²", "128 → 256 @8²", "linear 4096 → 256"):
         cells = [faster[f"{layer}, {zeros} % zeros, uniform"] for zeros in (80, 90, 95, 98)]
         assert f"| {layer} | " + " | ".join(cells) + " |" in README
+    lab = {row["case"]: f"{row['ratio']:.2f}×" for row in rows("sparse-1-thread.json") if row["peer"] == "sparselab"}
+    cells = [lab.get(f"linear 4096 → 256, {zeros} % zeros, uniform", "") for zeros in (80, 90, 95, 98)]
+    assert "| the same, over sparselab | " + " | ".join(cells) + " |" in README
     for name, kind in (("layer-wise masks", "uniform"), ("one global threshold", "global")):
         step = "training step, CNN(32)+BN, batch 128"
         cells = [faster[f"{step}, {kind} masks, {kept} % kept"] for kept in (10, 5)]
