@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "sparse_conv/arguments.h"
+#include "sparse_conv/cpu_kernels.h"
 #include "sparse_conv/strip_run.h"
 
 namespace curvlab::sparse_conv {
@@ -34,7 +35,10 @@ struct PlannedPart {
 std::vector<PlannedPart> plans(const char* op, const ConvWeight& weight, const at::Tensor& indices,
                                at::IntArrayRef input_size, at::ScalarType type) {
   std::vector<PlannedPart> planned;
-  for (const BatchPart& part : parts_of_batch(weight, input_size, type)) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int index = type == at::kDouble ? 1 : 0;
+  for (const BatchPart& part : parts_of_batch(weight, input_size[0], input_size[2], input_size[3], kernels.lanes[index],
+                                              kernels.fast_blocks[index])) {
     auto plan = find_plan(op, indices, weight, part, input_size, type);
     if (plan == nullptr) return {};
     planned.push_back({part, std::move(plan)});

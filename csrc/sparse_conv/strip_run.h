@@ -6,24 +6,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <vector>
 
+#include "sparse_conv/batch_parts.h"
 #include "sparse_conv/strip_plan.h"
 
 namespace curvlab::sparse_conv {
-
-// Part of a batch, with what its lanes hold. A layer of 1 x 1 planes (a linear one) has nothing to fill a tile's
-// columns with: there images take their place, `columns` registers of them in a row; 0: planes as they are.
-struct BatchPart {
-  std::int64_t first, images;
-  std::int64_t rows, columns;
-  LaneGrid grid;  // its blocks are left to the plan
-
-  std::int64_t height(std::int64_t planes) const { return columns == 0 ? planes : rows; }
-  std::int64_t width(std::int64_t planes) const { return columns == 0 ? planes : columns; }
-};
-
-std::vector<BatchPart> parts_of_batch(const ConvWeight& weight, at::IntArrayRef input_size, at::ScalarType type);
 
 // The plan of (indices, geometry) for a part of the batch, or null where 32-bit offsets do not reach. Checks indices
 // when it makes one.
