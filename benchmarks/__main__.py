@@ -108,8 +108,12 @@ def updated(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept + rows
 
 
-def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure the cases of benchmark ``name`` and print their table."""
+def run(name: str, options: argparse.Namespace, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure the cases of benchmark ``name`` and print their table; rows are written case by case, behind ``before``.
+
+    Returns:
+        The rows of this benchmark.
+    """
     module = load(name)
     rounds, seconds, budget = (7, 0.05, 15.0) if options.quick else (25, 0.2, 60.0)
     budget = options.budget or budget
@@ -121,6 +125,9 @@ def run(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             print(f"\r{name}: {case.name} …\033[K", end="", file=sys.stderr, flush=True)
         for row in harness.measure(case, rounds=rounds, seconds=seconds, budget=budget):
             rows.append({"benchmark": name, "threads": options.threads, **row})
+        if options.json:  # minutes of measuring are not lost to what comes after
+            found = before + rows
+            write_json(options.json, updated(options.json, found) if options.only else found)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     settings = (
@@ -167,11 +174,11 @@ def main() -> int:
         sys.exit(str(error))
     harness.keep_pages()
     torch.set_num_threads(options.threads)
-    rows = [row for name in (names() if options.name == "all" else [options.name]) for row in run(name, options)]
+    rows: list[dict[str, Any]] = []
+    for name in names() if options.name == "all" else [options.name]:
+        rows += run(name, options, rows)
     if options.only and not rows:
         parser().error(f"--only: no case of {options.name} contains {options.only!r}")
-    if options.json:
-        write_json(options.json, updated(options.json, rows) if options.only else rows)
     return 0
 
 

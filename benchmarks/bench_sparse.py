@@ -140,7 +140,9 @@ def sparselab_linear(layer: Layer) -> Engine | None:
         return None
     import numpy
     import sparselab
+    from sparselab import ops
 
+    ops._clear_transpose_cache()  # kept by id(matrix), and so found again by another matrix at the same address
     outputs, inputs = layer.weight.shape
     module = sparselab.SparseLinear(inputs, outputs, sparsity=0.5)  # no constructor from weights: given new ones below
     with warnings.catch_warnings():
