@@ -58,7 +58,7 @@ test: $(VENV)/.test ## the tests
 	@$(BIN)/python -m pytest $(PYTEST)
 
 sanitize: $(VENV)/.test ## the kernels on the CPU under ASan, UBSan and TSan
-	@$(BIN)/python -m pytest -m sanitizer tests/cuda $(PYTEST)
+	@$(BIN)/python -m pytest -m sanitizer tests/cuda tests/ops $(PYTEST)
 
 bench: $(VENV)/.test ## every benchmark's table, quick form
 	@$(BIN)/python -m benchmarks all --quick

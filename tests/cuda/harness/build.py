@@ -34,7 +34,7 @@ HVP_LAUNCHERS = tuple(HVP / f"{name}_cuda.cu" for name in ("tangent", "pool", "s
 SPARSE = ROOT / "csrc" / "sparse_conv"
 SPARSE_LAUNCHERS = (SPARSE / "masked_conv2d_cuda.cu",)
 
-_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HVP, SPARSE, HARNESS, PLANTED)
+_SOURCE_FOLDERS = (ROOT / "csrc" / "common", NORMS, HVP, SPARSE, HARNESS, PLANTED, ROOT / "tests" / "ops" / "sanitized")
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 _HOST_FLAGS = (
     "-std=c++20",
@@ -117,13 +117,21 @@ def host_library(name: str, sources: Iterable[Path]) -> Path:
     return _host_build(f"lib{name}.so", sources, flags)
 
 
-def host_executable(name: str, sources: Iterable[Path], sanitizer: str = "", *, headers: Path | None = None) -> Path:
+def host_executable(
+    name: str,
+    sources: Iterable[Path],
+    sanitizer: str = "",
+    *,
+    headers: Path | None = None,
+    flags: Sequence[str] = (),
+) -> Path:
     """Executable of the host harness; ``sanitizer`` is "", "address" (with undefined behavior) or "thread".
 
-    ``headers`` is a folder whose files go before those of ``csrc``; its name must change with what it holds.
+    ``headers`` is a folder whose files go before those of ``csrc``; its name must change with what it holds. ``flags``
+    are further ones of the compiler.
     """
     first = () if headers is None else ("-iquote", str(headers))
-    return _host_build(f"{name}-{sanitizer or 'plain'}", sources, (*_SANITIZERS[sanitizer], *first))
+    return _host_build(f"{name}-{sanitizer or 'plain'}", sources, (*_SANITIZERS[sanitizer], *first, *flags))
 
 
 def _no_unique() -> tuple[str, ...]:
