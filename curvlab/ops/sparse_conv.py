@@ -8,7 +8,8 @@ the outputs that a nonzero connects it with (dense: 0 * inf = NaN).
 
 The three convolution ops are closed under differentiation: each one's derivatives are the other two, so derivatives of
 any order run on the same kernels. ``torch.func`` transforms (``grad``, ``vjp``, ``jvp``, ``vmap``) and
-``torch.compile`` are supported; a batch of directions that ``vmap`` puts on the data is folded into N.
+``torch.compile`` are supported; a batch of directions that ``vmap`` puts on the data is folded into N. In forward mode
+over forward mode (``jvp`` of ``jvp``) and under transforms that are compiled, PyTorch's dense convolution computes.
 
 Index lists are prepared once per ``indices`` tensor and geometry and kept while that tensor lives unchanged: keep
 ``indices`` (a buffer), do not make it anew at every call. Changes through ``indices.data`` are not seen.
@@ -27,6 +28,8 @@ from torch.autograd import forward_ad
 from curvlab.ops import reference_sparse
 
 Pair = int | Sequence[int]
+
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)  # no tuple: vmap's generated rules would take one apart and then miss its parts
@@ -74,14 +77,26 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _takes_functions() -> bool:
+    """Whether an autograd.Function is right under the transforms that are active.
+
+    Not while compiling, which cannot trace one. Not in forward mode over forward mode (``jacfwd`` of ``jacfwd``):
+    PyTorch calls a Function's jvp with forward mode off for the level around it too, whose tangents are lost silently.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    stack = _functorch.get_interpreter_stack() or []
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack) < 2
+
+
 # ---- the three ops by route: the bare op; under torch.func or forward-mode AD, where a C++ derivative would be an
-# error, an autograd.Function around it; there while compiling, which cannot trace such a Function, ATen.
+# error, an autograd.Function around it; where that would not do either, ATen.
 
 
 def _conv(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, geometry: _Geometry) -> Tensor:
     if not _transforms_active():
         return torch.ops.curvlab.masked_conv2d(x, values, indices, bias, *geometry.arguments)
-    if torch.compiler.is_compiling():
+    if not _takes_functions():
         return reference_sparse.masked_conv2d(x, values, indices, geometry.weight_shape, bias, **geometry.named)
     out = _Conv.apply(x, values, indices, geometry)
     return out if bias is None else out + bias[:, None, None]
@@ -90,7 +105,7 @@ def _conv(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, geome
 def _input(grad: Tensor, values: Tensor, indices: Tensor, size: Sequence[int], geometry: _Geometry) -> Tensor:
     if not _transforms_active():
         return torch.ops.curvlab.masked_conv2d_input(grad, values, indices, size, *geometry.arguments)
-    if torch.compiler.is_compiling():
+    if not _takes_functions():
         return reference_sparse.masked_conv2d_input(
             grad, values, indices, geometry.weight_shape, size, **geometry.named
         )
@@ -100,7 +115,7 @@ def _input(grad: Tensor, values: Tensor, indices: Tensor, size: Sequence[int], g
 def _weight(x: Tensor, grad: Tensor, indices: Tensor, geometry: _Geometry) -> Tensor:
     if not _transforms_active():
         return torch.ops.curvlab.masked_conv2d_weight(x, grad, indices, *geometry.arguments)
-    if torch.compiler.is_compiling():
+    if not _takes_functions():
         return reference_sparse.masked_conv2d_weight(x, grad, indices, geometry.weight_shape, **geometry.named)
     return _Weight.apply(x, grad, indices, geometry)
 

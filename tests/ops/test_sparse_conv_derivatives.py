@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -81,6 +82,38 @@ def test_torch_func(case: Case, argument: int) -> None:
     batch = tuple(torch.stack([t, 2 * t, -t]) if i == argument else t for i, t in enumerate(inputs))
     both = [torch.func.vmap(torch.func.grad(loss, 1), dims)(*batch) for loss in (ours, twin)]
     close(both[0], both[1])
+
+
+def _sum_of_sines(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    return function(at).sin().sum()
+
+
+@pytest.mark.parametrize("transforms", ["ff", "fff", "ffr", "frf", "rff", "frr", "rfr", "rrf"])
+def test_nested_transforms(transforms: str) -> None:
+    """Forward over forward too, where PyTorch loses the outer tangents of an autograd.Function: they were zeros."""
+    case = CASES[0]
+    x, values, indices, bias, grad = tensors(case, torch.float64)
+    shape, options = case.weight_shape, case.options
+
+    def functions(module: Any) -> list[Callable[[Tensor], Tensor]]:
+        data = lambda a, t: a * t[0] + a.sin() * t[1] ** 2  # noqa: E731
+        other = lambda a, t: a * t[1] + a.cos() * t[2] * t[0]  # noqa: E731
+        return [
+            lambda t: module.masked_conv2d(data(x, t), other(values, t), indices, shape, bias * t[3], **options),
+            lambda t: module.masked_conv2d_input(data(grad, t), other(values, t), indices, shape, x.shape, **options),
+            lambda t: module.masked_conv2d_weight(data(x, t), other(grad, t), indices, shape, **options),
+        ]
+
+    at = torch.tensor([0.3, -0.7, 1.1, 0.5], dtype=torch.float64)
+    for ours, twin in zip(functions(sparse_conv), functions(reference_sparse), strict=True):
+        results = []
+        for function in (ours, twin):
+            derivative: Callable[..., Any] = partial(_sum_of_sines, function)
+            for letter in reversed(transforms):
+                derivative = {"f": torch.func.jacfwd, "r": torch.func.jacrev}[letter](derivative)
+            results.append(derivative(at))
+        assert results[1].abs().max() > 0.1
+        torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
 
 
 def test_vmap_folds_directions_into_the_batch() -> None:
