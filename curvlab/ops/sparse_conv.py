@@ -55,9 +55,9 @@ class _Geometry:
 def _pair(op: str, name: str, value: Pair) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
-    pair = tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"{op}: {name} must be an integer or two, got {value}")
+    pair = tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
+        raise ValueError(f"{op}: {name} must be an integer or two, got {value!r}")
     return pair
 
 
@@ -213,25 +213,31 @@ class _Weight(torch.autograd.Function):
 
 def _one_by_one(op: Callable, info: Any, in_dims: tuple, args: tuple, count: int) -> tuple[Any, Any]:
     """The op for each of the batch: what no fold into N expresses (as many values, or sums over N apart)."""
+    size = info.batch_size
     first = [a.movedim(d, 0) if d is not None else None for a, d in zip(args[:count], in_dims, strict=False)]
+    if not size:  # one call tells the shapes
+        first = [None if a is None else a.new_zeros(1, *a.shape[1:]) for a in first]
     rows = [
         op(*[a if moved is None else moved[i] for a, moved in zip(args, first, strict=False)], *args[count:])
-        for i in range(info.batch_size)
+        for i in range(max(size, 1))
     ]
     if isinstance(rows[0], tuple):
-        return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(rows[0])
-    return torch.stack(rows), 0
+        return tuple(torch.stack(column)[:size] for column in zip(*rows, strict=True)), (0,) * len(rows[0])
+    return torch.stack(rows)[:size], 0
 
 
-def _fold(data: Tensor, dim: int) -> Tensor:
-    return data.movedim(dim, 0).flatten(0, 1)
+def _fold(data: Tensor, dim: int) -> tuple[Tensor, tuple[int, int]]:
+    """The batch in N, and the sizes to take it out again (either may be 0)."""
+    moved = data.movedim(dim, 0)
+    return moved.flatten(0, 1), (moved.shape[0], moved.shape[1])
 
 
 def _vmap_conv(info: Any, in_dims: tuple, x: Tensor, values: Tensor, indices: Tensor, bias: Any, *rest: Any) -> tuple:
     op = torch.ops.curvlab.masked_conv2d
     if any(dim is not None for dim in in_dims[1:4]):
         return _one_by_one(op, info, in_dims, (x, values, indices, bias, *rest), 4)
-    return op(_fold(x, in_dims[0]), values, indices, bias, *rest).unflatten(0, (info.batch_size, -1)), 0
+    folded, sizes = _fold(x, in_dims[0])
+    return op(folded, values, indices, bias, *rest).unflatten(0, sizes), 0
 
 
 def _vmap_input(
@@ -240,8 +246,8 @@ def _vmap_input(
     op = torch.ops.curvlab.masked_conv2d_input
     if in_dims[1] is not None or in_dims[2] is not None:
         return _one_by_one(op, info, in_dims, (grad, values, indices, size, *rest), 3)
-    folded = _fold(grad, in_dims[0])
-    return op(folded, values, indices, (folded.shape[0], *size[1:]), *rest).unflatten(0, (info.batch_size, -1)), 0
+    folded, sizes = _fold(grad, in_dims[0])
+    return op(folded, values, indices, (folded.shape[0], *size[1:]), *rest).unflatten(0, sizes), 0
 
 
 def _vmap_weight(info: Any, in_dims: tuple, *args: Any) -> tuple:
@@ -412,6 +418,6 @@ def masked_linear(
             f"masked_linear: x must be [..., in] with in == {weight_shape[1]} (from weight_shape), got {list(x.shape)}"
         )
     geometry = _Geometry((weight_shape[0], weight_shape[1], 1, 1), (1, 1), (0, 0), (1, 1), 1)
-    rows = x.reshape(-1, weight_shape[1])
+    rows = x.reshape(x.shape[:-1].numel(), weight_shape[1])
     out = _conv(rows[:, :, None, None], values, indices, bias, geometry)
     return out.reshape(*x.shape[:-1], weight_shape[0])

@@ -71,6 +71,12 @@ def test_empty(empty: str) -> None:
     assert gx.shape == x.shape and not gx.any() and gv.shape == values.shape and not gv.any()
 
 
+def test_linear_without_inputs_is_its_bias() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    out = sparse_conv.masked_linear(torch.zeros(2, 5, 0), torch.zeros(0), none, (3, 0), torch.arange(3.0))
+    assert torch.equal(out, torch.arange(3.0).expand(2, 5, 3))
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 12), (1, 12), (5, 12), (16, 12), (33, 12), (3, 0, 12), (4, 5, 12), (12,)], ids=str
 )
@@ -179,6 +185,9 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "groups": ({"groups": 3}, ValueError, "groups must be >= 1 and divide C_out = 4, got 3"),
         "stride": ({"stride": 0}, ValueError, "stride must be two integers >= 1, got \\[0, 0\\]"),
         "padding": ({"padding": (1, 1, 1)}, ValueError, "padding must be an integer or two, got \\(1, 1, 1\\)"),
+        "padding name": ({"padding": "same"}, ValueError, "padding must be an integer or two, got 'same'"),
+        "padding number": ({"padding": 1.0}, ValueError, "padding must be an integer or two, got 1.0"),
+        "dilation numbers": ({"dilation": (1.0, 2)}, ValueError, "dilation must be an integer or two, got \\(1.0, 2"),
     }
 
 

@@ -126,6 +126,18 @@ def test_vmap_folds_directions_into_the_batch() -> None:
     torch.testing.assert_close(out, torch.stack([conv(d) for d in directions], 2))
 
 
+def test_vmap_over_nothing() -> None:
+    case = Case(n=3)
+    x, values, indices, _, grad = tensors(case, torch.float64)
+    conv = lambda x, v: sparse_conv.masked_conv2d(x, v, indices, case.weight_shape, **case.options)  # noqa: E731
+    none = torch.zeros(0, len(values), dtype=torch.float64)
+    assert torch.func.vmap(conv, in_dims=(None, 0))(x, none).shape == (0, *grad.shape)
+    assert torch.func.vmap(conv, in_dims=(0, None))(x.new_zeros(0, *x.shape), values).shape == (0, *grad.shape)
+    both = lambda g: torch.ops.curvlab.masked_conv2d_backward(x, g, values, indices, *case.arguments)  # noqa: E731
+    grads = torch.func.vmap(both)(grad.new_zeros(0, *grad.shape))
+    assert [g.shape for g in grads] == [(0, *x.shape), (0, *values.shape)]
+
+
 def test_the_joint_op_refuses_derivatives() -> None:
     case = Case(n=2)
     x, values, indices, _, grad = tensors(case, torch.float64)

@@ -66,6 +66,27 @@ def test_a_convolution_is_the_dense_one_with_zeros(name: str, kernels: Any) -> N
 
 
 @pytest.mark.parametrize("kernels", ["sparse", "dense"])
+@pytest.mark.parametrize("name", ["padded", "same_even", "reflect"])
+def test_one_image_without_a_batch_axis(name: str, kernels: Any) -> None:
+    layer = _convolution(name)
+    sparse = MaskedConv2d.from_dense(layer, _keep(layer.weight), kernels=kernels)
+    x = normal(4, 9, 11)
+    assert torch.allclose(sparse(x), sparse.dense_layer()(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+def test_built_on_the_meta_device_and_loaded(kernels: Any) -> None:
+    model = network().eval()
+    mask, x = mask_of(model), batch()[0]
+    trained = sparsify(model, mask, kernels=kernels)
+    empty = sparsify(copy.deepcopy(model).to("meta"), mask, kernels=kernels)
+    assert empty(x.to("meta")).shape == (len(x), 3)
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(trained.state_dict())
+    assert torch.equal(empty(x), trained(x)) and Mask.from_model(empty) == mask
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
 @pytest.mark.parametrize("lead", [(5,), (), (2, 3)])
 def test_a_linear_layer_is_the_dense_one_with_zeros(lead: tuple[int, ...], kernels: Any) -> None:
     layer = nn.Linear(7, 4).to(F64)
@@ -230,6 +251,11 @@ class OwnForward(nn.Linear):
             r"\[3, 2\], got torch.bool \[2, 3\]",
         ),
         (lambda: MaskedLinear(nn.Linear(2, 3), None), ValueError, "got NoneType"),  # type: ignore[arg-type]
+        (
+            lambda: MaskedLinear(nn.Linear(2, 3), torch.ones(3, 2).bool()).set_mask(0.5),  # type: ignore[arg-type]
+            ValueError,
+            r"MaskedLinear: mask must be boolean with the weight's shape \[3, 2\], got float",
+        ),
         (lambda: MaskedLinear(OwnForward(2, 3), torch.ones(3, 2).bool()), TypeError, "got OwnForward"),
         (lambda: MaskedConv2d(nn.Linear(2, 3), torch.ones(3, 2).bool()), TypeError, "nn.Conv2d"),  # type: ignore[arg-type]
         (lambda: MaskedLinear(nn.Linear(2, 3), torch.ones(3, 2).bool(), kernels="fast"), ValueError, "kernels must be"),  # type: ignore[arg-type]
