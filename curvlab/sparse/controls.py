@@ -9,9 +9,11 @@ neural networks at initialization: why are we missing the mark?", section 5.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from curvlab.sparse.layers import MaskedLayer
 from curvlab.sparse.mask import Mask
@@ -49,9 +51,14 @@ def reinitialize(model: nn.Module, generator: torch.Generator | None = None) -> 
             was, but for that one number.
 
     Raises:
-        TypeError: a layer with parameters of its own that has no ``reset_parameters``, or a linear or convolutional one
-            with a forward of its own (whose draw would be another layer's): build such a model anew.
+        TypeError: a layer with parameters of its own that has no ``reset_parameters`` or one that leaves some of them
+            (weight_norm, ``torch.nn.utils.prune``), or a linear or convolutional one with a forward of its own (whose
+            draw would be another layer's): build such a model anew.
+        ValueError: lazy parameters.
     """
+    lazy = next((name for name, param in model.named_parameters() if is_lazy(param)), None)
+    if lazy is not None:
+        raise ValueError(f"reinitialize: model must be initialized, got a lazy parameter {lazy}: run it once")
     drawn = densify(model).cpu()
     for name, module in drawn.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
@@ -67,10 +74,18 @@ def reinitialize(model: nn.Module, generator: torch.Generator | None = None) -> 
     seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
+        for param in drawn.parameters():
+            param.fill_(math.nan)
         for module in drawn.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+    left = next((name for name, param in drawn.named_parameters() if bool(param.isnan().any())), None)
+    if left is not None:
+        raise TypeError(
+            f"reinitialize: model must consist of layers whose reset_parameters draws all their parameters, got {left} "
+            "undrawn; undo weight_norm and the like (and sparsify what is pruned), or build the model anew"
+        )
     result = copy.deepcopy(model)
     fresh = dict(drawn.named_modules())
     with torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from curvlab.models import CNN
 from curvlab.sparse import global_magnitude, sparsify
@@ -81,6 +82,21 @@ def test_options_of_the_normalization_stay(options: dict) -> None:
         torch.testing.assert_close(fused.train(mode)(x), plain.train(mode)(x))
 
 
+def shared_stays(model: nn.Sequential) -> bool:
+    """One normalization in two places is one still: after .to() too."""
+    fused = fuse(model).double()
+    fused(images(4, 2, 3, 3).double())
+    return fused[0].running_mean is fused[2].running_mean and int(fused[0].num_batches_tracked) == 2  # type: ignore[arg-type]
+
+
+def test_pruned_models_are_fused_too() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    prune.l1_unstructured(model[0], "weight", 0.5)  # leaves a tensor that deepcopy refuses
+    fused = fuse(model)
+    assert isinstance(fused[1], BatchNormReLU)
+    torch.testing.assert_close(fused(images(2, 1, 5, 5)), model(images(2, 1, 5, 5)))
+
+
 def test_other_groups_are_left_alone() -> None:
     class Own(nn.BatchNorm2d):
         pass
@@ -98,5 +114,7 @@ def test_other_groups_are_left_alone() -> None:
     for pool in (nn.MaxPool2d(3), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, padding=1)):
         fused = fuse(nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), pool))
         assert isinstance(fused[0], BatchNormReLU) and not fused[0].pool and type(fused[2]) is nn.MaxPool2d
+    shared = nn.BatchNorm2d(2)
+    assert shared_stays(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU()))
     with pytest.raises(TypeError, match=r"fuse: model must be an nn\.Module, got str"):
         fuse("model")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from curvlab.models import CNN, MLP, NTKLinear
 from curvlab.sparse import (
@@ -168,6 +170,19 @@ def test_a_new_mask_moves_the_optimizers_state_by_position(name: str) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    """It would go on with what the model no longer has."""
+    model = network()
+    sparse = sparsify(model, mask_of(model))
+    before = copy.deepcopy(sparse.state_dict())
+    with pytest.raises(ValueError, match=r"optimizer must hold values of the layers in mask \(say stem.weight\)"):
+        update_mask(sparse, mask_of(model, 0.2), torch.optim.SGD(model.parameters(), 0.1))
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+    optimizer = torch.optim.SGD([sparse.head[3].values, *sparse.norm.parameters()], 0.1)  # type: ignore[index, union-attr]
+    update_mask(sparse, mask_of(model, 0.2), optimizer)  # of one layer, the others frozen
+    assert sparse.head[3].values is optimizer.param_groups[0]["params"][0]  # type: ignore[index, union-attr]
+
+
 def test_pruning_to_one_weight_keeps_step_counts() -> None:
     layer = sparsify(nn.Linear(4, 3), Mask({"weight": torch.ones(3, 4).bool()}))
     optimizer = torch.optim.Adam(layer.parameters(), 0.01)
@@ -232,8 +247,35 @@ def test_controls() -> None:
     state = torch.random.get_rng_state()
     reinitialize(model, seeded(1))
     assert torch.equal(state, torch.random.get_rng_state())
-    with pytest.raises(TypeError, match="reset_parameters, got NTKLinear"):
-        reinitialize(nn.Sequential(NTKLinear(2, 2)), seeded())
+
+
+def _pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    return model
+
+
+def _normalized(how: Callable[..., nn.Module]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(how(nn.Linear(5, 4)))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "match"),
+    [
+        (lambda: nn.Sequential(NTKLinear(2, 2)), TypeError, "reset_parameters, got NTKLinear"),
+        (_pruned, TypeError, "reset_parameters draws all their parameters, got 1.weight_orig"),
+        (lambda: _normalized(nn.utils.spectral_norm), TypeError, "draws all their parameters, got 0.weight_orig"),
+        (lambda: _normalized(nn.utils.weight_norm), TypeError, "draws all their parameters, got 0.weight_g"),
+        (lambda: _normalized(nn.utils.parametrizations.weight_norm), TypeError, "got ParametrizationList"),
+        (lambda: nn.Sequential(nn.LazyLinear(2)), ValueError, "got a lazy parameter 0.weight: run it once"),
+    ],
+)
+def test_what_reset_parameters_would_not_draw_is_refused(model: Any, error: type[Exception], match: str) -> None:
+    """It came back with the old weights, silently."""
+    with pytest.raises(error, match=match):
+        reinitialize(model(), seeded())
 
 
 def test_the_ordinary_loop_trains_sparse_networks_and_resumes(tmp_path: Any) -> None:
@@ -282,6 +324,11 @@ def _hooked() -> nn.Module:
     return model
 
 
+def _alias() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, layer)
+
+
 def _named(name: str, *shape: int) -> Mask:
     return Mask({name: torch.ones(shape).bool()})
 
@@ -310,6 +357,14 @@ def _named(name: str, *shape: int) -> Mask:
         ),
         (lambda: nn.Linear(2, 2), {"weight": torch.ones(2, 2).bool()}, TypeError, "mask must be a Mask, got dict"),
         (lambda: 3, _named("weight", 2, 2), TypeError, "model must be an nn.Module, got int"),
+        (lambda: nn.LazyLinear(2), _named("weight", 2, 2), ValueError, "got a lazy parameter weight: run it once"),
+        (
+            lambda: _normalized(nn.utils.spectral_norm),
+            _named("0.weight", 4, 5),
+            ValueError,
+            "got '0.weight', which Linear computes",
+        ),
+        (_alias, _named("1.weight", 3, 3), ValueError, r"got '1.weight', which is another name of 0.weight"),
     ],
 )
 def test_what_cannot_be_sparsified_is_refused(model: Any, mask: Any, error: type[Exception], match: str) -> None:
