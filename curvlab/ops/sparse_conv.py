@@ -13,6 +13,10 @@ over forward mode (``jvp`` of ``jvp``) and under transforms that are compiled, P
 
 Index lists are prepared once per ``indices`` tensor and geometry and kept while that tensor lives unchanged: keep
 ``indices`` (a buffer), do not make it anew at every call. Changes through ``indices.data`` are not seen.
+
+On CUDA a multiplication costs a number from shared memory, where dense convolutions have tensor cores. By counting (no
+GPU was there to measure; the count is in ``csrc/sparse_conv/masked_conv2d_kernel.cuh``), cuDNN is expected to win below
+about 64 % zeros in true float32 and below about 95 % in TF32 (torch's default for convolutions) and in bfloat16.
 """
 
 from __future__ import annotations

@@ -174,6 +174,7 @@ class MaskedLayer(nn.Module):
                 )
                 return
         cast("Any", super())._load_from_state_dict(state_dict, prefix, *args)
+        self.path = self._choose()  # assign=True may have brought another device
 
     def _facts(self) -> str:
         total = torch.Size(self.weight_shape).numel()

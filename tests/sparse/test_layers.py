@@ -84,6 +84,12 @@ def test_built_on_the_meta_device_and_loaded(kernels: Any) -> None:
     empty = empty.to_empty(device="cpu")
     empty.load_state_dict(trained.state_dict())
     assert torch.equal(empty(x), trained(x)) and Mask.from_model(empty) == mask
+    taken = sparsify(copy.deepcopy(model).to("meta"), mask)
+    taken.load_state_dict(trained.state_dict(), assign=True)
+    again = sparsify(model, mask)
+    for name in ("stem", "wide"):  # "auto" goes by the device that the values have now
+        assert getattr(taken, name).path == getattr(again, name).path == "sparse"
+    assert torch.equal(taken(x), again(x))
 
 
 @pytest.mark.parametrize("kernels", ["sparse", "dense"])
