@@ -422,6 +422,7 @@ def masked_linear(
             f"masked_linear: x must be [..., in] with in == {weight_shape[1]} (from weight_shape), got {list(x.shape)}"
         )
     geometry = _Geometry((weight_shape[0], weight_shape[1], 1, 1), (1, 1), (0, 0), (1, 1), 1)
-    rows = x.reshape(x.shape[:-1].numel(), weight_shape[1])
+    # numel() would make a symbolic number of rows a constant, so only where -1 is ambiguous.
+    rows = x.reshape(-1 if weight_shape[1] else x.shape[:-1].numel(), weight_shape[1])
     out = _conv(rows[:, :, None, None], values, indices, bias, geometry)
     return out.reshape(*x.shape[:-1], weight_shape[0])

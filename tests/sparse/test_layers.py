@@ -214,6 +214,15 @@ def test_compiles_whole(kernels: Any) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+def test_exports_with_any_number_of_images(kernels: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3))
+    sparse = sparsify(model, mask_of(model), kernels=kernels)
+    x = batch(dtype=torch.float32)[0]
+    program = torch.export.export(sparse, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    assert torch.equal(program.module()(x[:4]), sparse(x[:4]))
+
+
 def test_auto_goes_by_density_and_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     limits = [((64, 32, 3, 3), 0.8), ((64, 64, 3, 3), 0.6), ((64, 512, 1, 1), 0.6), ((9, 5), LINEAR_DENSITY)]
