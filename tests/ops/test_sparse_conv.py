@@ -55,6 +55,14 @@ def test_more_than_32767_nonzeros_in_a_row() -> None:
     assert_right(Case(n=2, c_in=4100, c_out=2, height=2, width=2, density=1.0), torch.float32, "contiguous")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_strips_that_32_bit_offsets_do_not_reach(dtype: torch.dtype) -> None:
+    """A packed row of 2^27 columns: ATen's dense convolution computes."""
+    far = 2**26
+    case = Case(n=3, c_in=4, c_out=6, height=2, width=1, kernel=(2, 1), stride=(1, far), padding=(1, far), groups=2)
+    assert_right(case, dtype, "contiguous")
+
+
 @pytest.mark.parametrize("empty", ["batch", "channels_in", "channels_out"])
 def test_empty(empty: str) -> None:
     case = {
