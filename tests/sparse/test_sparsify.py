@@ -27,7 +27,7 @@ from curvlab.sparse import (
     sparsify,
     update_mask,
 )
-from curvlab.training import Recipe, generator, train
+from curvlab.training import Recipe, generator, train, train_group
 from tests.sparse.samples import F64, batch, mask_of, masked, network, seeded
 from tests.training.samples import dataset
 
@@ -309,6 +309,30 @@ def test_the_ordinary_loop_trains_sparse_networks_and_resumes(tmp_path: Any) -> 
     elsewhere.load_state_dict({k: v for k, v in fresh().state_dict().items() if "indices" not in k}, strict=False)
     with pytest.raises(ValueError, match=r"checkpoint .* is of another run: initial_network"):
         train(elsewhere, data, recipe, seed=0, checkpoint=file)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "pruned by torch", "hooked"])
+def test_networks_that_no_stack_computes_train_one_by_one(kind: str) -> None:
+    """Pruned ones came out of order (weight_orig stands behind the bias), sparse ones have no weight."""
+
+    def doubled(module: nn.Module, args: Any, output: Any) -> Any:
+        return 2 * output
+
+    def fresh() -> nn.Module:
+        model = MLP(9, in_features=20, generator=generator(0, "init"))
+        if kind == "sparse":
+            return sparsify(model, global_magnitude(model, 0.3))
+        for layer in model.linear_layers():
+            if kind == "hooked":
+                layer.register_forward_hook(doubled)
+            else:
+                prune.l1_unstructured(layer, "weight", 0.7)
+        return model
+
+    data, recipe, models = dataset(dtype=torch.float32), Recipe(2, 64, 0.1), [fresh(), fresh()]
+    assert train_group(models[:1], data, recipe, seeds=[0]).engine == "one-by-one"
+    train(models[1], data, recipe, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(*[model.parameters() for model in models], strict=True))
 
 
 class Tied(nn.Module):
