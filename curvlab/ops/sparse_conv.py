@@ -65,9 +65,18 @@ def _pair(op: str, name: str, value: Pair) -> tuple[int, int]:
     return pair
 
 
+def _check_sizes(op: str, name: str, sizes: Sequence[int], wanted: str) -> None:
+    if not isinstance(sizes, Sequence) or len(sizes) != wanted.count(",") + 1:
+        got = list(sizes) if isinstance(sizes, Sequence) else repr(sizes)
+        raise ValueError(f"{op}: {name} must be {wanted}, got {got}")
+
+
 def _geometry(
     op: str, weight_shape: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, groups: int
 ) -> _Geometry:
+    _check_sizes(op, "weight_shape", weight_shape, "[C_out, C_in / groups, kH, kW]")
+    if not isinstance(groups, int):
+        raise ValueError(f"{op}: groups must be an integer >= 1, got {groups!r}")
     return _Geometry(
         tuple(weight_shape),
         _pair(op, "stride", stride),
@@ -349,6 +358,7 @@ def masked_conv2d_input(
         NotImplementedError: see ``masked_conv2d``.
     """
     geometry = _geometry("masked_conv2d_input", weight_shape, stride, padding, dilation, groups)
+    _check_sizes("masked_conv2d_input", "input_size", input_size, "[N, C_in, H, W]")
     return _input(grad, values, indices, input_size, geometry)
 
 
@@ -415,8 +425,7 @@ def masked_linear(
         ValueError: see ``masked_conv2d``.
         NotImplementedError: see ``masked_conv2d``.
     """
-    if len(weight_shape) != 2:
-        raise ValueError(f"masked_linear: weight_shape must be [out, in], got {list(weight_shape)}")
+    _check_sizes("masked_linear", "weight_shape", weight_shape, "[out, in]")
     if x.dim() == 0 or x.shape[-1] != weight_shape[1]:
         raise ValueError(
             f"masked_linear: x must be [..., in] with in == {weight_shape[1]} (from weight_shape), got {list(x.shape)}"

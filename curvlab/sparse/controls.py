@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from curvlab.sparse.layers import MaskedLayer
 from curvlab.sparse.mask import Mask
+from curvlab.sparse.prunable import check_generator, check_module
 from curvlab.sparse.sparsify import densify
 
 __all__ = ["reinitialize", "shuffle_layerwise"]
@@ -28,7 +29,13 @@ def shuffle_layerwise(mask: Mask, generator: torch.Generator | None = None) -> M
     Args:
         mask: whose counts to keep.
         generator: of the permutations, on any device.
+
+    Raises:
+        TypeError: mask is no Mask, or generator no generator.
     """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"shuffle_layerwise: mask must be a Mask, got {type(mask).__name__}")
+    check_generator(generator, "shuffle_layerwise")
 
     def permuted(name: str, keep: Tensor) -> Tensor:
         del name
@@ -51,11 +58,13 @@ def reinitialize(model: nn.Module, generator: torch.Generator | None = None) -> 
             was, but for that one number.
 
     Raises:
-        TypeError: a layer with parameters of its own that has no ``reset_parameters`` or one that leaves some of them
-            (weight_norm, ``torch.nn.utils.prune``), or a linear or convolutional one with a forward of its own (whose
-            draw would be another layer's): build such a model anew.
+        TypeError: not a module, or generator no generator; a layer with parameters of its own that has no
+            ``reset_parameters`` or one that leaves some of them (weight_norm, ``torch.nn.utils.prune``), or a linear or
+            convolutional one with a forward of its own (whose draw would be another layer's): build such a model anew.
         ValueError: lazy parameters.
     """
+    check_module(model, "reinitialize")
+    check_generator(generator, "reinitialize")
     lazy = next((name for name, param in model.named_parameters() if is_lazy(param)), None)
     if lazy is not None:
         raise ValueError(f"reinitialize: model must be initialized, got a lazy parameter {lazy}: run it once")

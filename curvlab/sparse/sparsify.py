@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from curvlab.sparse.crossover import Kernels, check_kernels
 from curvlab.sparse.layers import MaskedConv2d, MaskedLayer, MaskedLinear, moved
 from curvlab.sparse.mask import Mask
-from curvlab.sparse.prunable import prunable_layers
+from curvlab.sparse.prunable import check_module, prunable_layers
 
 __all__ = ["copied_model", "densify", "sparsify", "update_mask"]
 
@@ -103,6 +103,7 @@ def update_mask(model: nn.Module, mask: Mask, optimizer: torch.optim.Optimizer |
         raise TypeError(f"update_mask: mask must be a Mask, got {type(mask).__name__}")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"update_mask: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    check_module(model, "update_mask")
     layers = prunable_layers(model)
     chosen: list[tuple[MaskedLayer, Tensor]] = []
     for name, keep in mask.items():
@@ -161,8 +162,7 @@ def _is_pruning(hook: Any) -> bool:
 
 def copied_model(model: ModuleT, owner: str) -> ModuleT:
     """A deep copy, also where ``torch.nn.utils.prune`` left tensors that deepcopy refuses."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner}: model must be an nn.Module, got {type(model).__name__}")
+    check_module(model, owner)
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():

@@ -190,6 +190,8 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "negative": ({"indices": torch.tensor([-1, 2])}, ValueError, "got -1 at \\[0\\]"),
         "bias": ({"bias": torch.zeros(3)}, ValueError, "bias must be \\[4\\]"),
         "shape": ({"weight_shape": (4, 2, 3)}, ValueError, "weight_shape must be"),
+        "shape number": ({"weight_shape": 3}, ValueError, "weight_shape must be \\[C_out, .* got 3"),
+        "groups type": ({"groups": 1.5}, ValueError, "groups must be an integer >= 1, got 1.5"),
         "groups": ({"groups": 3}, ValueError, "groups must be >= 1 and divide C_out = 4, got 3"),
         "stride": ({"stride": 0}, ValueError, "stride must be two integers >= 1, got \\[0, 0\\]"),
         "padding": ({"padding": (1, 1, 1)}, ValueError, "padding must be an integer or two, got \\(1, 1, 1\\)"),
@@ -219,6 +221,8 @@ def test_bad_gradient_shape_and_linear() -> None:
     indices, values = torch.tensor([0]), torch.ones(1)
     with pytest.raises(ValueError, match=r"masked_conv2d_weight: grad must be \[1, 1, 4, 4\]"):
         sparse_conv.masked_conv2d_weight(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), indices, (1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"masked_conv2d_input: input_size must be \[N, C_in, H, W\], got 7"):
+        sparse_conv.masked_conv2d_input(torch.zeros(1, 1, 4, 4), values, indices, (1, 1, 1, 1), 7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"masked_linear: x must be \[..., in\] with in == 3"):
         sparse_conv.masked_linear(torch.zeros(2, 4), values, indices, (2, 3))
     with pytest.raises(ValueError, match=r"masked_linear: weight_shape must be \[out, in\]"):

@@ -402,7 +402,11 @@ def test_bad_updates_are_refused() -> None:
         (lambda: update_mask(model, mask_of(model)), ValueError, "must name sparse layers of the model"),
         (lambda: update_mask(model, 0.5), TypeError, "mask must be a Mask"),  # type: ignore[arg-type]
         (lambda: update_mask(model, mask_of(model), optimizer=0.1), TypeError, "torch.optim.Optimizer"),  # type: ignore[arg-type]
+        (lambda: update_mask(3, mask_of(model)), TypeError, "update_mask: model must be an nn.Module"),  # type: ignore[arg-type]
         (lambda: densify(3), TypeError, "densify: model must be an nn.Module"),  # type: ignore[arg-type]
+        (lambda: reinitialize(3), TypeError, "reinitialize: model must be an nn.Module"),  # type: ignore[arg-type]
+        (lambda: reinitialize(model, 3), TypeError, "reinitialize: generator must be a torch.Generator"),  # type: ignore[arg-type]
+        (lambda: shuffle_layerwise(model), TypeError, "shuffle_layerwise: mask must be a Mask, got Residual"),  # type: ignore[arg-type]
         (lambda: sparsify(model, mask_of(model), kernels="fast"), ValueError, "kernels must be"),  # type: ignore[arg-type]
     ):
         with pytest.raises(error, match=match):
