@@ -135,7 +135,7 @@ def test_vmap_over_nothing() -> None:
     assert torch.func.vmap(conv, in_dims=(0, None))(x.new_zeros(0, *x.shape), values).shape == (0, *grad.shape)
     both = lambda g: torch.ops.curvlab.masked_conv2d_backward(x, g, values, indices, *case.arguments)  # noqa: E731
     grads = torch.func.vmap(both)(grad.new_zeros(0, *grad.shape))
-    assert [g.shape for g in grads] == [(0, *x.shape), (0, *values.shape)]
+    assert [g.shape for g in grads[:2]] == [(0, *x.shape), (0, *values.shape)]
 
 
 def test_the_joint_op_refuses_derivatives() -> None:
