@@ -84,7 +84,8 @@ def reinitialize(model: nn.Module, generator: torch.Generator | None = None) -> 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         for param in drawn.parameters():
-            param.fill_(math.nan)
+            if param.is_floating_point():
+                param.fill_(math.nan)
         for module in drawn.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):

@@ -27,7 +27,7 @@ def sparsify(model: nn.Module, mask: Mask, *, kernels: Kernels = "auto") -> nn.M
 
     Each becomes a :class:`MaskedConv2d` or :class:`MaskedLinear`; all else is copied as it is, and what the mask does
     not name stays dense.  A layer that stands in several places is replaced in all of them.  Pruning of
-    ``torch.nn.utils.prune`` is made permanent in the copy first.
+    ``torch.nn.utils.prune`` is made permanent in the copies of the layers that the mask names, and stays elsewhere.
 
     Args:
         model: dense, or sparse (then the mask may name its sparse layers too: survivors keep their values).
@@ -44,9 +44,11 @@ def sparsify(model: nn.Module, mask: Mask, *, kernels: Kernels = "auto") -> nn.M
     if not isinstance(mask, Mask):
         raise TypeError(f"sparsify: mask must be a Mask, got {type(mask).__name__}")
     copied = copied_model(model, "sparsify")
-    for module in copied.modules():
-        for name in [h._tensor_name for h in module._forward_pre_hooks.values() if _is_pruning(h)]:
-            prune.remove(module, name)
+    owners = {name.rpartition(".")[0] for name in mask}
+    for prefix, module in copied.named_modules(remove_duplicate=False):
+        if prefix in owners:  # of other layers it goes on holding zeros at zero
+            for name in [h._tensor_name for h in module._forward_pre_hooks.values() if _is_pruning(h)]:
+                prune.remove(module, name)
     layers = prunable_layers(copied)
     holders = _holders(copied)
     made: dict[int, nn.Module] = {}
@@ -60,6 +62,8 @@ def sparsify(model: nn.Module, mask: Mask, *, kernels: Kernels = "auto") -> nn.M
             continue
         if is_lazy(layer.weight):
             raise ValueError(f"sparsify: model must be initialized, got a lazy parameter {name}: run it once")
+        if parametrize.is_parametrized(layer):  # of its bias, which the sparse layer would take as it is now
+            raise ValueError(f"sparsify: mask must name weights of Conv2d or Linear layers, {_why_not(copied, name)}")
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             raise ValueError(f"sparsify: model must have no hooks on the layers to replace, got one on that of {name}")
         if holders[id(layer.weight)] > 1:

@@ -335,6 +335,25 @@ def test_networks_that_no_stack_computes_train_one_by_one(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*[model.parameters() for model in models], strict=True))
 
 
+def test_pruning_of_layers_that_the_mask_does_not_name_goes_on() -> None:
+    """It was made permanent there too, and the zeros grew back."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).to(F64)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    mask = Mask.from_prune(model)
+    sparse = sparsify(model, Mask({"2.weight": mask["2.weight"]}))
+    assert isinstance(sparse[2], MaskedLinear) and Mask.from_prune(sparse) == Mask({"0.weight": mask["0.weight"]})  # type: ignore[index]
+    x = torch.randn(6, 5, dtype=F64, generator=seeded())
+    assert torch.allclose(sparse(x), model(x), rtol=1e-12)
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(x).square().sum().backward()
+        optimizer.step()
+    sparse(x)
+    assert not sparse[0].weight[~mask["0.weight"]].any()  # type: ignore[index, union-attr]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -346,6 +365,10 @@ def _hooked() -> nn.Module:
     model = nn.Sequential(nn.Linear(3, 3))
     model[0].register_forward_hook(lambda module, args, output: output)
     return model
+
+
+def _parametrized_bias() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(2, 2), "bias")
 
 
 def _alias() -> nn.Module:
@@ -379,6 +402,7 @@ def _named(name: str, *shape: int) -> Mask:
             ValueError,
             "parametrized",
         ),
+        (_parametrized_bias, _named("weight", 2, 2), ValueError, "parametrized"),
         (lambda: nn.Linear(2, 2), {"weight": torch.ones(2, 2).bool()}, TypeError, "mask must be a Mask, got dict"),
         (lambda: 3, _named("weight", 2, 2), TypeError, "model must be an nn.Module, got int"),
         (lambda: nn.LazyLinear(2), _named("weight", 2, 2), ValueError, "got a lazy parameter weight: run it once"),
