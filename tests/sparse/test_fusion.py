@@ -22,7 +22,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 def train(model: nn.Module, steps: int = 4) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    x, y, losses = images(16, 3, 16, 16), torch.arange(16) % 10, []
+    x, y, losses = images(16, 3, 16, 16).to(next(model.parameters()).dtype), torch.arange(16) % 10, []
     for _ in range(steps):
         loss = F.cross_entropy(model.train()(x), y)
         optimizer.zero_grad()
@@ -34,22 +34,22 @@ def train(model: nn.Module, steps: int = 4) -> list[float]:
 
 @pytest.mark.parametrize("density", [1.0, 0.3])
 def test_a_fused_network_trains_as_the_plain_one(density: float) -> None:
-    dense = CNN(4, image_size=16, generator=torch.Generator().manual_seed(0))
+    dense = CNN(4, image_size=16, generator=torch.Generator().manual_seed(0)).double()
     plain = dense if density == 1 else sparsify(dense, global_magnitude(dense, density), kernels="sparse")
     fused = fuse(plain)
     kinds = [type(module) for module in fused.modules()]
     assert kinds.count(BatchNormReLU) == 6 and nn.MaxPool2d not in kinds and kinds.count(nn.ReLU) == 1
     assert [module.pool for module in fused.modules() if isinstance(module, BatchNormReLU)] == [False, True] * 3
-    assert train(plain) == pytest.approx(train(fused), rel=1e-4)
+    assert train(plain) == pytest.approx(train(fused), rel=1e-10)
     ours, theirs = fused.state_dict(), plain.state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         torch.testing.assert_close(
-            ours[name], value, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], value, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
         )
     plain.load_state_dict(ours)
-    x = images(3, 3, 16, 16, seed=1)
-    torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-5, atol=1e-5)
+    x = images(3, 3, 16, 16, seed=1).double()
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-10)
 
 
 def test_the_copy_is_its_own() -> None:
