@@ -24,20 +24,36 @@ inline bool given(const OptionalTensor& tensor) { return tensor.has_value() && t
       std::int64_t groups
 #define CURVLAB_CONV_ARGUMENTS weight_shape, stride, padding, dilation, groups
 
+constexpr std::int64_t kLargestExtent = 1ll << 31;
+
 inline void check_pair(const char* op, const char* name, at::IntArrayRef pair, std::int64_t least) {
   TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, op, ": ", name,
                     " must be two integers >= ", least, ", got ", pair);
+  // Then dilation * (kernel - 1) + 2 * padding stays below 2^63.
+  TORCH_CHECK_VALUE(pair[0] < kLargestExtent && pair[1] < kLargestExtent, op, ": ", name,
+                    " must be two integers below 2^31, got ", pair);
+}
+
+inline bool fits_in_64_bits(at::IntArrayRef shape) {
+  std::int64_t product = 1;
+  for (const std::int64_t size : shape) {
+    if (size >= kLargestExtent || __builtin_mul_overflow(product, size, &product)) return false;
+  }
+  return true;
 }
 
 inline ConvWeight conv_weight(const char* op, CURVLAB_CONV_PARAMETERS) {
   TORCH_CHECK_VALUE(weight_shape.size() == 4 && weight_shape[0] >= 0 && weight_shape[1] >= 0 && weight_shape[2] >= 1 &&
                         weight_shape[3] >= 1,
                     op, ": weight_shape must be [C_out, C_in / groups, kH, kW], got ", weight_shape);
+  TORCH_CHECK_VALUE(fits_in_64_bits(weight_shape), op,
+                    ": weight_shape must have sizes below 2^31 and fewer than 2^63 weights, got ", weight_shape);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   check_pair(op, "dilation", dilation, 1);
   TORCH_CHECK_VALUE(groups >= 1 && weight_shape[0] % groups == 0, op,
                     ": groups must be >= 1 and divide C_out = ", weight_shape[0], ", got ", groups);
+  TORCH_CHECK_VALUE(groups < kLargestExtent, op, ": groups must be below 2^31, got ", groups);
   return {weight_shape[0],
           weight_shape[1],
           {weight_shape[2], weight_shape[3]},

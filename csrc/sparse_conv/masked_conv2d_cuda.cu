@@ -46,7 +46,9 @@ template <class scalar_t>
 const char* weight_gradient(const GatherArguments& x, int splits, void* workspace, void* dvalues, cudaStream_t stream) {
   using acc_t = typename Held<scalar_t>::type;
   acc_t* partial = static_cast<acc_t*>(workspace);
-  if (x.windowed) {
+  if (x.images * x.out_plane() == 0) {
+    splits = 0;  // no row is written, and the kernels divide by the plane: sums over nothing are zeros
+  } else if (x.windowed) {
     if (const char* error = allow_shared(weight_windows_kernel<scalar_t>, x.shared_bytes)) return error;
     CURVLAB_LAUNCH(weight_windows_kernel<scalar_t>, grid_of(x.channel_tiles(kBlockChannels) * splits), kBlockSize,
                    x.shared_bytes, stream, x, splits, partial);

@@ -9,12 +9,15 @@ neural networks at initialization: why are we missing the mark?", section 5.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from curvlab.sparse.layers import MaskedLayer
 from curvlab.sparse.mask import Mask
+from curvlab.sparse.prunable import check_generator, check_module
 from curvlab.sparse.sparsify import densify
 
 __all__ = ["reinitialize", "shuffle_layerwise"]
@@ -26,7 +29,13 @@ def shuffle_layerwise(mask: Mask, generator: torch.Generator | None = None) -> M
     Args:
         mask: whose counts to keep.
         generator: of the permutations, on any device.
+
+    Raises:
+        TypeError: mask is no Mask, or generator no generator.
     """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"shuffle_layerwise: mask must be a Mask, got {type(mask).__name__}")
+    check_generator(generator, "shuffle_layerwise")
 
     def permuted(name: str, keep: Tensor) -> Tensor:
         del name
@@ -49,9 +58,16 @@ def reinitialize(model: nn.Module, generator: torch.Generator | None = None) -> 
             was, but for that one number.
 
     Raises:
-        TypeError: a layer with parameters of its own that has no ``reset_parameters``, or a linear or convolutional one
-            with a forward of its own (whose draw would be another layer's): build such a model anew.
+        TypeError: not a module, or generator no generator; a layer with parameters of its own that has no
+            ``reset_parameters`` or one that leaves some of them (weight_norm, ``torch.nn.utils.prune``), or a linear or
+            convolutional one with a forward of its own (whose draw would be another layer's): build such a model anew.
+        ValueError: lazy parameters.
     """
+    check_module(model, "reinitialize")
+    check_generator(generator, "reinitialize")
+    lazy = next((name for name, param in model.named_parameters() if is_lazy(param)), None)
+    if lazy is not None:
+        raise ValueError(f"reinitialize: model must be initialized, got a lazy parameter {lazy}: run it once")
     drawn = densify(model).cpu()
     for name, module in drawn.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
@@ -67,10 +83,19 @@ def reinitialize(model: nn.Module, generator: torch.Generator | None = None) -> 
     seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
+        for param in drawn.parameters():
+            if param.is_floating_point():
+                param.fill_(math.nan)
         for module in drawn.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+    left = next((name for name, param in drawn.named_parameters() if bool(param.isnan().any())), None)
+    if left is not None:
+        raise TypeError(
+            f"reinitialize: model must consist of layers whose reset_parameters draws all their parameters, got {left} "
+            "undrawn; undo weight_norm and the like (and sparsify what is pruned), or build the model anew"
+        )
     result = copy.deepcopy(model)
     fresh = dict(drawn.named_modules())
     with torch.no_grad():

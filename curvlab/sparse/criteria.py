@@ -19,6 +19,7 @@ from curvlab.sparse.mask import Mask
 from curvlab.sparse.prunable import (
     Selection,
     check_density,
+    check_generator,
     keep_largest,
     kept_count,
     prunable_layers,
@@ -131,6 +132,7 @@ def random_mask(
         generator: of the draw; on any device (drawn there, then moved).
 
     Raises:
+        TypeError: like or mask is no Mask, generator no generator.
         ValueError: neither or both of density and like; a density outside [0, 1] or above that of ``mask``.
     """
     owner = "random_mask"
@@ -138,6 +140,9 @@ def random_mask(
         raise ValueError(
             "random_mask: one of density and like must be given, got " + ("none" if like is None else "both")
         )
+    if like is not None and not isinstance(like, Mask):
+        raise TypeError(f"random_mask: like must be a Mask or None, got {type(like).__name__}")
+    check_generator(generator, owner)
     if like is not None and params is None:
         params = list(like)
     weights = prunable_weights(model, params, owner)

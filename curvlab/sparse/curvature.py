@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The sparse layers in the fused curvature engine: products by the Hessian restricted to the surviving weights.
+r"""The package's layers in the fused curvature engine: products by the Hessian restricted to the surviving weights.
 
 With S the rows of the identity that belong to surviving weights, the ticket's Hessian is S H S^T.  The dense layer's
 step computes H: directions are scattered into dense ones before it, its derivatives gathered after it, so the formulas
-(normalizations folded in, sums of biases) stand in one place.
+(normalizations folded in, sums of biases) stand in one place.  A :class:`BatchNormReLU` is the steps of its layers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from curvlab.operators.engines.layer_rules.activation import ActivationStep
 from curvlab.operators.engines.layer_rules.affine import AffineStep
 from curvlab.operators.engines.layer_rules.conv import ConvStep
 from curvlab.operators.engines.layer_rules.linear import LinearStep
-from curvlab.operators.engines.rules import Builder, register_module
+from curvlab.operators.engines.layer_rules.pool import MaxPoolStep
+from curvlab.operators.engines.rules import Builder, find_rule, register_module
 from curvlab.operators.engines.steps import Product
+from curvlab.sparse.fusion import BatchNormReLU
 from curvlab.sparse.layers import MaskedConv2d, MaskedLinear
 
 __all__ = ["MaskedConvStep", "MaskedLinearStep"]
@@ -135,3 +138,15 @@ def _masked_linear(builder: Builder, node: Any, module: MaskedLinear) -> None:
     step = MaskedLinearStep(builder.label(node), (x,), builder.new_slot(), values, builder.parameter(node, "bias"))
     step.mask_weight(module.indices, module.weight_shape)
     builder.add(node, step)
+
+
+@register_module(BatchNormReLU)
+def _batch_norm_relu(builder: Builder, node: Any, module: BatchNormReLU) -> None:
+    norm = find_rule(nn.BatchNorm2d(1))
+    assert norm is not None
+    norm(builder, node, module)  # makes its output the node's value, which the next step takes
+    relu = ActivationStep(builder.label(node), (builder.slot(node, node),), builder.new_slot(), "relu", {})
+    builder.add(node, relu)
+    if module.pool:
+        pool = MaxPoolStep(builder.label(node), (builder.slot(node, node),), builder.new_slot(), 2, 2, 0, 1, False)
+        builder.add(node, pool)

@@ -7,13 +7,14 @@ With a tenth of the weights kept, the convolutions of the paper's network (CNN(3
 
 from __future__ import annotations
 
-import copy
+from collections import Counter
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from curvlab.ops import norm_act
+from curvlab.sparse.sparsify import copied_model
 
 __all__ = ["BatchNormReLU", "fuse"]
 
@@ -69,7 +70,8 @@ def fuse(model: ModuleT) -> ModuleT:
     """A copy of ``model`` in whose Sequentials each BatchNorm2d, ReLU (, MaxPool2d(2)) is one :class:`BatchNormReLU`.
 
     The other layers of a group become ``nn.Identity``, so that names, and with them ``state_dict``, stay as they are: a
-    trained copy's goes back into the plain model. Layers with hooks or a forward of their own are left alone.
+    trained copy's goes back into the plain model. Layers with hooks or a forward of their own are left alone, and
+    normalizations that stand in several places.
 
     Args:
         model: any module.
@@ -77,15 +79,15 @@ def fuse(model: ModuleT) -> ModuleT:
     Raises:
         TypeError: not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: model must be an nn.Module, got {type(model).__name__}")
-    copied = copy.deepcopy(model)
+    copied = copied_model(model, "fuse")
+    # One in two places would become two, whose statistics part at the next .to().
+    places_of = Counter(id(child) for module in copied.modules() for child in module._modules.values())
     for module in list(copied.modules()):
         if type(module) is not nn.Sequential:
             continue
         places = list(module._modules.items())
         for at, ((name, norm), (relu_name, relu)) in enumerate(pairwise(places)):
-            if not (_is_plain(norm, nn.BatchNorm2d) and _is_plain(relu, nn.ReLU)):
+            if not (_is_plain(norm, nn.BatchNorm2d) and _is_plain(relu, nn.ReLU)) or places_of[id(norm)] > 1:
                 continue
             pool_name, pool = places[at + 2] if at + 2 < len(places) else ("", None)
             pools = _is_plain(pool, nn.MaxPool2d) and _is_two_by_two(cast("Any", pool))

@@ -48,12 +48,9 @@ class MaskedLayer(nn.Module):
         super().__init__()
         owner, weight = type(self).__name__, layer.weight
         check_kernels(kernels, owner)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
-            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"{owner}: mask must be boolean with the weight's shape {list(weight.shape)}, got {got}")
         self.weight_shape: tuple[int, ...] = tuple(weight.shape)
         self.kernels: Kernels = kernels
-        indices = mask.detach().to(weight.device).reshape(-1).nonzero().squeeze(1)
+        indices = self._positions(mask).to(weight.device)
         values = weight.detach().reshape(-1)[indices]
         self.values = nn.Parameter(values, requires_grad=weight.requires_grad)
         # Before the bias: a vector over the parameters has the order of the dense model's, without the pruned ones.
@@ -118,12 +115,7 @@ class MaskedLayer(nn.Module):
         Raises:
             ValueError: mask is not boolean or has another shape than the weight.
         """
-        if mask.dtype != torch.bool or tuple(mask.shape) != self.weight_shape:
-            raise ValueError(
-                f"{type(self).__name__}: mask must be boolean with the weight's shape {list(self.weight_shape)}, got "
-                f"{mask.dtype} {list(mask.shape)}"
-            )
-        indices = mask.detach().to(self.indices.device).reshape(-1).nonzero().squeeze(1)
+        indices = self._positions(mask).to(self.indices.device)
         source = torch.full_like(indices, -1)
         if len(self.indices) and len(indices):
             place = torch.searchsorted(self.indices, indices).clamp_(max=len(self.indices) - 1)
@@ -136,6 +128,16 @@ class MaskedLayer(nn.Module):
         self.path = self._choose()
         return source
 
+    def _positions(self, mask: Tensor) -> Tensor:
+        """``indices`` of a mask, where it lies: a layer on the meta device could not count its own."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != self.weight_shape:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"{type(self).__name__}: mask must be boolean with the weight's shape {list(self.weight_shape)}, got "
+                f"{got}"
+            )
+        return mask.detach().reshape(-1).nonzero().squeeze(1)
+
     def _choose(self) -> Path:
         return choose_path(self.kernels, self.density, self.values.device, self.weight_shape)
 
@@ -147,7 +149,8 @@ class MaskedLayer(nn.Module):
 
     def _takes_sparse(self, positions: int) -> bool:
         device, dtype = self.values.device.type, self.values.dtype
-        if self.path == "dense" or torch.is_autocast_enabled(device):  # the library's kernels know what autocast wants
+        # The library's kernels know what autocast wants, which the meta device does not know.
+        if self.path == "dense" or (device != "meta" and torch.is_autocast_enabled(device)):
             return False
         if self.kernels == "auto" and not torch.compiler.is_compiling():  # a compiled graph serves any batch
             path = choose_path(self.kernels, self.density, self.values.device, self.weight_shape, positions)
@@ -176,6 +179,7 @@ class MaskedLayer(nn.Module):
                 )
                 return
         cast("Any", super())._load_from_state_dict(state_dict, prefix, *args)
+        self.path = self._choose()  # assign=True may have brought another device
 
     def _facts(self) -> str:
         total = torch.Size(self.weight_shape).numel()
@@ -183,7 +187,9 @@ class MaskedLayer(nn.Module):
 
 
 class MaskedConv2d(MaskedLayer):
-    """A 2-d convolution by its surviving weights; see the module's text.  Inputs ``[N, C_in, H, W]``.
+    """A 2-d convolution by its surviving weights; see the module's text.
+
+    Inputs ``[N, C_in, H, W]``, or ``[C_in, H, W]`` as ``nn.Conv2d`` takes them.
 
     Args:
         layer: the dense convolution: any stride, padding (numbers, ``"same"``, ``"valid"``), padding mode, dilation and
@@ -216,7 +222,9 @@ class MaskedConv2d(MaskedLayer):
         self.channels_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
+        """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``; without N, one image."""
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
         if self.outer_padding:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self.outer_padding, mode)

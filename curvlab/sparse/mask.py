@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from curvlab.sparse.layers import MaskedLayer
-from curvlab.sparse.prunable import prunable_layers, prunable_weights
+from curvlab.sparse.prunable import check_module, prunable_layers, prunable_weights
 
 __all__ = ["Mask"]
 
@@ -74,6 +74,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ValueError: there is no sparse layer.
         """
+        check_module(model, "Mask.from_model")
         layers = prunable_layers(model)
         found = {name: layer.mask for name, layer in layers.items() if isinstance(layer, MaskedLayer)}
         if not found:
@@ -90,6 +91,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ValueError: nothing is pruned that way, or a mask holds other values than 0 and 1.
         """
+        check_module(model, "Mask.from_prune")
         found: dict[str, Tensor] = {}
         for prefix, module in model.named_modules():
             for hook in module._forward_pre_hooks.values():
@@ -113,6 +115,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ValueError: a name that is no parameter of the model, or another shape.
         """
+        check_module(model, "Mask.to_prune")
         places: list[tuple[nn.Module, str, Tensor]] = []
         for name, keep in self._keep.items():
             prefix, _, last = name.rpartition(".")
@@ -134,6 +137,7 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             ValueError: a name that is no parameter of the model (a sparse layer has none to set), or another shape.
         """
+        check_module(model, "Mask.apply_")
         params = dict(model.named_parameters(remove_duplicate=False))
         for name, keep in self._keep.items():
             if name not in params or params[name].shape != keep.shape:

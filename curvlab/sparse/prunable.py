@@ -13,13 +13,42 @@ from torch.nn.parameter import is_lazy
 
 from curvlab.sparse.layers import MaskedLayer
 
-__all__ = ["Selection", "check_density", "keep_largest", "kept_count", "prunable_layers", "prunable_weights"]
+__all__ = [
+    "Selection",
+    "check_density",
+    "check_generator",
+    "check_module",
+    "keep_largest",
+    "kept_count",
+    "prunable_layers",
+    "prunable_weights",
+]
 
 Selection = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 """Names or glob patterns of weights, a predicate ``(name, weight) -> bool``, or None for all."""
 
 # These read the weights of their children and never call them: such a layer cannot be put in another's place.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def check_module(model: nn.Module, owner: str) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        TypeError: model is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{owner}: model must be an nn.Module, got {type(model).__name__}")
+
+
+def check_generator(generator: torch.Generator | None, owner: str) -> None:
+    """Refuse what is no generator (a seed, say).
+
+    Raises:
+        TypeError: generator is neither a ``torch.Generator`` nor None.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{owner}: generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear | MaskedLayer]:
@@ -47,11 +76,10 @@ def prunable_weights(model: nn.Module, params: Selection = None, owner: str = "p
         owner: function named in errors.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module; params of another type.
         ValueError: no such weights, a pattern that names none, lazy parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner}: model must be an nn.Module, got {type(model).__name__}")
+    check_module(model, owner)
     weights: dict[str, Tensor] = {}
     for name, layer in prunable_layers(model).items():
         weight = layer.to_dense() if isinstance(layer, MaskedLayer) else layer.weight
@@ -64,7 +92,11 @@ def prunable_weights(model: nn.Module, params: Selection = None, owner: str = "p
         chosen = {name for name, weight in weights.items() if params(name, weight)}
     else:
         chosen = set()
-        for pattern in [params] if isinstance(params, str) else params:
+        patterns = [params] if isinstance(params, str) else list(params) if isinstance(params, Iterable) else [params]
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                got = type(pattern).__name__
+                raise TypeError(f"{owner}: params must be names or patterns, a predicate or None, got {got}")
             matches = {name for name in weights if name == pattern or fnmatchcase(name, pattern)}
             if not matches:
                 raise ValueError(

@@ -66,6 +66,8 @@ class _Network:
 
 
 def _batches(data: Data, owner: str) -> list[tuple[Any, Tensor]]:
+    if not isinstance(data, Iterable):
+        raise TypeError(f"{owner}: data must be (x, y) or such pairs, got {type(data).__name__}")
     pair = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
     batches: list[Any] = [tuple(data)] if pair else list(data)  # type: ignore[arg-type]
     for batch in batches:
@@ -136,7 +138,7 @@ def grasp(
         ValueError: no samples; temperature not positive; density outside [0, 1] or above that of ``mask``; derivatives
             that are not finite.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not isinstance(temperature, (int, float)) or not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"grasp: temperature must be positive, got {temperature!r}")
     network, batches = _Network(model, mask, params, density, "grasp"), _batches(data, "grasp")
 
@@ -182,10 +184,14 @@ def synflow(
         params: which weights.
 
     Raises:
-        ValueError: rounds below one; density outside [0, 1] or above that of ``mask``; scores that are not finite.
+        ValueError: rounds below one; inputs that are no batch; density outside [0, 1] or above that of ``mask``; scores
+            that are not finite.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"synflow: rounds must be an int of at least 1, got {rounds!r}")
+    if not isinstance(inputs, Tensor) or not inputs.ndim or not len(inputs):
+        got = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(f"synflow: inputs must be a batch [N, ...] of at least one sample, got {got}")
     network = _Network(model, mask, params, density, "synflow")
     absolute = network.model.double().eval()
     with torch.no_grad():

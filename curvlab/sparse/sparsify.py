@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 
 from curvlab.sparse.crossover import Kernels, check_kernels
 from curvlab.sparse.layers import MaskedConv2d, MaskedLayer, MaskedLinear, moved
 from curvlab.sparse.mask import Mask
-from curvlab.sparse.prunable import prunable_layers
+from curvlab.sparse.prunable import check_module, prunable_layers
 
-__all__ = ["densify", "sparsify", "update_mask"]
+__all__ = ["copied_model", "densify", "sparsify", "update_mask"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def sparsify(model: nn.Module, mask: Mask, *, kernels: Kernels = "auto") -> nn.Module:
@@ -24,7 +27,7 @@ def sparsify(model: nn.Module, mask: Mask, *, kernels: Kernels = "auto") -> nn.M
 
     Each becomes a :class:`MaskedConv2d` or :class:`MaskedLinear`; all else is copied as it is, and what the mask does
     not name stays dense.  A layer that stands in several places is replaced in all of them.  Pruning of
-    ``torch.nn.utils.prune`` is made permanent in the copy first.
+    ``torch.nn.utils.prune`` is made permanent in the copies of the layers that the mask names, and stays elsewhere.
 
     Args:
         model: dense, or sparse (then the mask may name its sparse layers too: survivors keep their values).
@@ -40,10 +43,12 @@ def sparsify(model: nn.Module, mask: Mask, *, kernels: Kernels = "auto") -> nn.M
     check_kernels(kernels, "sparsify")
     if not isinstance(mask, Mask):
         raise TypeError(f"sparsify: mask must be a Mask, got {type(mask).__name__}")
-    copied = _copied(model, "sparsify")
-    for module in copied.modules():
-        for name in [h._tensor_name for h in module._forward_pre_hooks.values() if _is_pruning(h)]:
-            prune.remove(module, name)
+    copied = copied_model(model, "sparsify")
+    owners = {name.rpartition(".")[0] for name in mask}
+    for prefix, module in copied.named_modules(remove_duplicate=False):
+        if prefix in owners:  # of other layers it goes on holding zeros at zero
+            for name in [h._tensor_name for h in module._forward_pre_hooks.values() if _is_pruning(h)]:
+                prune.remove(module, name)
     layers = prunable_layers(copied)
     holders = _holders(copied)
     made: dict[int, nn.Module] = {}
@@ -55,6 +60,10 @@ def sparsify(model: nn.Module, mask: Mask, *, kernels: Kernels = "auto") -> nn.M
             layer.kernels = kernels
             layer.set_mask(keep)
             continue
+        if is_lazy(layer.weight):
+            raise ValueError(f"sparsify: model must be initialized, got a lazy parameter {name}: run it once")
+        if parametrize.is_parametrized(layer):  # of its bias, which the sparse layer would take as it is now
+            raise ValueError(f"sparsify: mask must name weights of Conv2d or Linear layers, {_why_not(copied, name)}")
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             raise ValueError(f"sparsify: model must have no hooks on the layers to replace, got one on that of {name}")
         if holders[id(layer.weight)] > 1:
@@ -70,7 +79,7 @@ def densify(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: not a module.
     """
-    copied = _copied(model, "densify")
+    copied = copied_model(model, "densify")
     made = {id(m): m.dense_layer() for m in copied.modules() if isinstance(m, (MaskedConv2d, MaskedLinear))}
     return _replaced(copied, made)
 
@@ -90,13 +99,15 @@ def update_mask(model: nn.Module, mask: Mask, optimizer: torch.optim.Optimizer |
 
     Raises:
         TypeError: model, mask or optimizer of another type.
-        ValueError: a name that is no sparse layer of the model, another shape, or an optimizer state of another shape
+        ValueError: a name that is no sparse layer of the model, another shape, an optimizer that holds none of these
+            layers' values (made for another model, or before their last update), or a state of another shape
             (L-BFGS); then nothing was changed.
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"update_mask: mask must be a Mask, got {type(mask).__name__}")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"update_mask: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    check_module(model, "update_mask")
     layers = prunable_layers(model)
     chosen: list[tuple[MaskedLayer, Tensor]] = []
     for name, keep in mask.items():
@@ -112,6 +123,13 @@ def update_mask(model: nn.Module, mask: Mask, optimizer: torch.optim.Optimizer |
         if optimizer is not None:
             _check_state(name, optimizer.state.get(layer.values, {}), layer.values)
         chosen.append((layer, keep))
+    if optimizer is not None:
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        if not any(id(layer.values) in held for layer, _ in chosen):
+            raise ValueError(
+                f"update_mask: optimizer must hold values of the layers in mask (say {next(iter(mask))}), got one with "
+                "none of them: it would go on training parameters that the model no longer has"
+            )
     for layer, keep in chosen:
         old = layer.values
         source = layer.set_mask(keep)
@@ -146,10 +164,9 @@ def _is_pruning(hook: Any) -> bool:
     return isinstance(hook, prune.BasePruningMethod)
 
 
-def _copied(model: nn.Module, owner: str) -> nn.Module:
+def copied_model(model: ModuleT, owner: str) -> ModuleT:
     """A deep copy, also where ``torch.nn.utils.prune`` left tensors that deepcopy refuses."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner}: model must be an nn.Module, got {type(model).__name__}")
+    check_module(model, owner)
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -176,6 +193,11 @@ def _why_not(model: nn.Module, name: str) -> str:
         return f"got {name!r}, which is no parameter of {type(model).__name__}"
     if parametrize.is_parametrized(module):
         return f"got {name!r} of a parametrized {type(module).__name__} (remove_parametrizations first)"
+    first = next((n for n, m in prunable_layers(model).items() if m is module), None)
+    if last == "weight" and first is not None:
+        return f"got {name!r}, which is another name of {first}"
+    if last == "weight" and last not in module._parameters and isinstance(getattr(module, last, None), Tensor):
+        return f"got {name!r}, which {type(module).__name__} computes (weight_norm, spectral_norm: remove it first)"
     what = "" if last == "weight" else f" ({last!r} cannot be pruned)"
     return f"got {name!r} of {type(module).__name__}{what}"
 

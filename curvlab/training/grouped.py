@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.data import Dataset
-from curvlab.models import MLP
+from curvlab.models import MLP, NTKLinear
 from curvlab.training.callbacks import CallbackSource, TrainState
 from curvlab.training.checkpoint import CheckpointFile
 from curvlab.training.loop import Engine, GroupResult, PlainEngine, Progress, Recipe, check_inputs, drive
@@ -165,15 +165,23 @@ def _parts(models: list[MLP], stack_size: int) -> list[list[MLP]]:
     return [models[first : first + stack_size] for first in range(0, len(models), stack_size)]
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """What a stack computes: weight and bias are parameters, and the layer's call is its forward."""
+    called = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) in (nn.Linear, NTKLinear) and list(layer._parameters) == ["weight", "bias"] and not called
+
+
 def choose_engine(models: Sequence[nn.Module]) -> tuple[int, str]:
     """How many networks a stack, and why; 0 for the plain engine.
 
-    Networks of type MLP with one shape and parametrization are stacked, all of them where one has up to
+    Networks of type MLP with plain layers of one shape and parametrization are stacked, all of them where one has up to
     ``STACK_LIMIT`` parameters or the device is a GPU, else one by one.
     """
     if not all(type(model) is MLP for model in models):
         return 0, "only MLPs can be stacked"
     mlps = cast("Sequence[MLP]", models)
+    if not all(_is_plain(layer) for model in mlps for layer in model.linear_layers()):
+        return 0, "some layers are sparse, pruned, parametrized or hooked"
     shapes = {
         tuple((layer.weight.shape, getattr(layer, "affine_scale", 1.0)) for layer in m.linear_layers()) for m in mlps
     }

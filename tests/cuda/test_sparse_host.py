@@ -180,6 +180,8 @@ def test_nothing_is_launched_without_elements(host: HostSparse) -> None:
     assert host.launches() == 0
     for sums_over_no_images in (empty, Conv(0, 16, 16, (8, 8))):
         run(host, make_call("weight", sums_over_no_images, density=1.1))
+    linear = make_call("weight", Conv(1, 7, 3, (1, 0), kernel=(1, 1), padding=(0, 0)), density=1.1)
+    assert (host.run(linear).out.values == 0).all()  # a linear layer of no rows: they are the width, and the plane is 0
     no_filters = make_call("input", Conv(32, 16, 0, (8, 8)))
     assert (host.run(no_filters).out.values == 0).all()
 

@@ -14,6 +14,7 @@ import pytest
 from tests.cuda.harness import build, ptx_level
 from tests.cuda.harness.sparse_host import OPS, TYPES, Conv, assert_right, expected, host_sparse, make_call
 from tests.cuda.harness.sparse_ptx import Simulated
+from tests.cuda.test_sparse_host import masks
 
 ARCHS = ("compute_80", "compute_90")
 # One that needs stages, two image blocks and tiles that are not full; one with phases; groups; direct ones.
@@ -45,6 +46,26 @@ def test_values(name: str, op: str) -> None:
         run = Simulated(call, arch=ARCHS[i % 2]).run()
         assert bool(run.arguments.windowed) == windows
         assert_right(run.take_back(), want)
+
+
+@pytest.mark.parametrize("windows", [True, False])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", masks((1, 1, 1, 1)))
+def test_masks(name: str, op: str, windows: bool) -> None:
+    """Empty rows and columns, no nonzeros, every weight kept, one image among the sizes."""
+    conv = Conv(22, 16, 17, (2, 8), kernel=(1, 2), padding=(0, 1)) if windows else Conv(1, 3, 9, (5, 6), stride=(2, 1))
+    call = make_call(op, conv, mask=masks(conv.weight_shape)[name], bias=True, windows=windows)
+    want = expected(call)
+    assert_right(Simulated(call).run().take_back(), want)
+    assert bool(call.indices.size) == (name != "none")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_of_more_than_32767_nonzeros(op: str) -> None:
+    conv = Conv(1, 33_000, 1, (1, 2), kernel=(1, 1), padding=(0, 0))
+    call = make_call(op, conv, density=1.1)
+    want = expected(call)
+    assert_right(Simulated(call, check=False).run().take_back(), want)
 
 
 @pytest.mark.parametrize("op", OPS)

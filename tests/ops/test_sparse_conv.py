@@ -87,6 +87,14 @@ def test_more_than_32767_nonzeros_in_a_row() -> None:
     assert_right(Case(n=2, c_in=4100, c_out=2, height=2, width=2, density=1.0), torch.float32, "contiguous")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_strips_that_32_bit_offsets_do_not_reach(dtype: torch.dtype) -> None:
+    """A packed row of 2^27 columns: ATen's dense convolution computes."""
+    far = 2**26
+    case = Case(n=3, c_in=4, c_out=6, height=2, width=1, kernel=(2, 1), stride=(1, far), padding=(1, far), groups=2)
+    assert_right(case, dtype, "contiguous")
+
+
 @pytest.mark.parametrize("empty", ["batch", "channels_in", "channels_out"])
 def test_empty(empty: str) -> None:
     case = {
@@ -101,6 +109,12 @@ def test_empty(empty: str) -> None:
     gx = sparse_conv.masked_conv2d_input(out, values, indices, case.weight_shape, x.shape, **case.options)
     gv = sparse_conv.masked_conv2d_weight(x, out, indices, case.weight_shape, **case.options)
     assert gx.shape == x.shape and not gx.any() and gv.shape == values.shape and not gv.any()
+
+
+def test_linear_without_inputs_is_its_bias() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    out = sparse_conv.masked_linear(torch.zeros(2, 5, 0), torch.zeros(0), none, (3, 0), torch.arange(3.0))
+    assert torch.equal(out, torch.arange(3.0).expand(2, 5, 3))
 
 
 @pytest.mark.parametrize(
@@ -210,9 +224,17 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "negative": ({"indices": torch.tensor([-1, 2])}, ValueError, "got -1 at \\[0\\]"),
         "bias": ({"bias": torch.zeros(3)}, ValueError, "bias must be \\[4\\]"),
         "shape": ({"weight_shape": (4, 2, 3)}, ValueError, "weight_shape must be"),
+        "shape number": ({"weight_shape": 3}, ValueError, "weight_shape must be \\[C_out, .* got 3"),
+        "groups type": ({"groups": 1.5}, ValueError, "groups must be an integer >= 1, got 1.5"),
         "groups": ({"groups": 3}, ValueError, "groups must be >= 1 and divide C_out = 4, got 3"),
         "stride": ({"stride": 0}, ValueError, "stride must be two integers >= 1, got \\[0, 0\\]"),
         "padding": ({"padding": (1, 1, 1)}, ValueError, "padding must be an integer or two, got \\(1, 1, 1\\)"),
+        "huge padding": ({"padding": 2**62}, ValueError, "padding must be two integers below 2\\^31, got"),
+        "huge dilation": ({"dilation": 2**62}, ValueError, "dilation must be two integers below 2\\^31, got"),
+        "huge weight": ({"weight_shape": (2**30, 2**30, 2, 4)}, ValueError, "weight_shape must have sizes below"),
+        "padding name": ({"padding": "same"}, ValueError, "padding must be an integer or two, got 'same'"),
+        "padding number": ({"padding": 1.0}, ValueError, "padding must be an integer or two, got 1.0"),
+        "dilation numbers": ({"dilation": (1.0, 2)}, ValueError, "dilation must be an integer or two, got \\(1.0, 2"),
     }
 
 
@@ -233,6 +255,8 @@ def test_bad_gradient_shape_and_linear() -> None:
     indices, values = torch.tensor([0]), torch.ones(1)
     with pytest.raises(ValueError, match=r"masked_conv2d_weight: grad must be \[1, 1, 4, 4\]"):
         sparse_conv.masked_conv2d_weight(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), indices, (1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"masked_conv2d_input: input_size must be \[N, C_in, H, W\], got 7"):
+        sparse_conv.masked_conv2d_input(torch.zeros(1, 1, 4, 4), values, indices, (1, 1, 1, 1), 7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"masked_linear: x must be \[..., in\] with in == 3"):
         sparse_conv.masked_linear(torch.zeros(2, 4), values, indices, (2, 3))
     with pytest.raises(ValueError, match=r"masked_linear: weight_shape must be \[out, in\]"):

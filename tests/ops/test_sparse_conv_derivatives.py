@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,6 +84,38 @@ def test_torch_func(case: Case, argument: int) -> None:
     close(both[0], both[1])
 
 
+def _sum_of_sines(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    return function(at).sin().sum()
+
+
+@pytest.mark.parametrize("transforms", ["ff", "fff", "ffr", "frf", "rff", "frr", "rfr", "rrf"])
+def test_nested_transforms(transforms: str) -> None:
+    """Forward over forward too, where PyTorch loses the outer tangents of an autograd.Function: they were zeros."""
+    case = CASES[0]
+    x, values, indices, bias, grad = tensors(case, torch.float64)
+    shape, options = case.weight_shape, case.options
+
+    def functions(module: Any) -> list[Callable[[Tensor], Tensor]]:
+        data = lambda a, t: a * t[0] + a.sin() * t[1] ** 2  # noqa: E731
+        other = lambda a, t: a * t[1] + a.cos() * t[2] * t[0]  # noqa: E731
+        return [
+            lambda t: module.masked_conv2d(data(x, t), other(values, t), indices, shape, bias * t[3], **options),
+            lambda t: module.masked_conv2d_input(data(grad, t), other(values, t), indices, shape, x.shape, **options),
+            lambda t: module.masked_conv2d_weight(data(x, t), other(grad, t), indices, shape, **options),
+        ]
+
+    at = torch.tensor([0.3, -0.7, 1.1, 0.5], dtype=torch.float64)
+    for ours, twin in zip(functions(sparse_conv), functions(reference_sparse), strict=True):
+        results = []
+        for function in (ours, twin):
+            derivative: Callable[..., Any] = partial(_sum_of_sines, function)
+            for letter in reversed(transforms):
+                derivative = {"f": torch.func.jacfwd, "r": torch.func.jacrev}[letter](derivative)
+            results.append(derivative(at))
+        assert results[1].abs().max() > 0.1
+        torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)
+
+
 def test_vmap_folds_directions_into_the_batch() -> None:
     case = Case(n=3)
     x, values, indices, _, _ = tensors(case, torch.float64)
@@ -91,6 +124,18 @@ def test_vmap_folds_directions_into_the_batch() -> None:
     torch.testing.assert_close(torch.func.vmap(conv)(directions), torch.stack([conv(d) for d in directions]))
     out = torch.func.vmap(conv, in_dims=1, out_dims=2)(directions.movedim(0, 1))
     torch.testing.assert_close(out, torch.stack([conv(d) for d in directions], 2))
+
+
+def test_vmap_over_nothing() -> None:
+    case = Case(n=3)
+    x, values, indices, _, grad = tensors(case, torch.float64)
+    conv = lambda x, v: sparse_conv.masked_conv2d(x, v, indices, case.weight_shape, **case.options)  # noqa: E731
+    none = torch.zeros(0, len(values), dtype=torch.float64)
+    assert torch.func.vmap(conv, in_dims=(None, 0))(x, none).shape == (0, *grad.shape)
+    assert torch.func.vmap(conv, in_dims=(0, None))(x.new_zeros(0, *x.shape), values).shape == (0, *grad.shape)
+    both = lambda g: torch.ops.curvlab.masked_conv2d_backward(x, g, values, indices, *case.arguments)  # noqa: E731
+    grads = torch.func.vmap(both)(grad.new_zeros(0, *grad.shape))
+    assert [g.shape for g in grads[:2]] == [(0, *x.shape), (0, *values.shape)]
 
 
 def test_the_joint_op_refuses_derivatives() -> None:

@@ -217,7 +217,13 @@ def test_densities_outside_the_unit_interval_are_refused(name: str, density: flo
             "the mean over",
         ),
         (lambda: grasp(network(), 0.1, batch(), temperature=0.0), ValueError, "temperature must be positive"),
+        (lambda: grasp(network(), 0.1, batch(), temperature="hot"), ValueError, "temperature must be positive"),  # type: ignore[arg-type]
         (lambda: synflow(network(), 0.1, batch()[0], rounds=0), ValueError, "rounds must be an int of at least 1"),
+        (lambda: synflow(network(), 0.1, batch()[0][:0]), ValueError, r"at least one sample, got \[0, 2, 5, 5\]"),
+        (lambda: snip(network(), 0.1, None), TypeError, r"data must be \(x, y\) or such pairs, got NoneType"),  # type: ignore[arg-type]
+        (lambda: random_mask(network(), like={}), TypeError, "like must be a Mask or None, got dict"),  # type: ignore[arg-type]
+        (lambda: random_mask(network(), 0.1, generator=3), TypeError, "generator must be a torch.Generator"),  # type: ignore[arg-type]
+        (lambda: global_magnitude(network(), 0.1, params=3), TypeError, "params must be names or patterns"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_input_is_refused(call: Callable[[], Mask], error: type[Exception], match: str) -> None:

@@ -21,7 +21,7 @@ from curvlab.operators import (
     make_engine,
 )
 from curvlab.operators.engines.fused import FusedEngine
-from curvlab.sparse import Mask, layerwise_magnitude, sparsify
+from curvlab.sparse import BatchNormReLU, Mask, fuse, layerwise_magnitude, sparsify
 from curvlab.spectra import top_eigenpairs
 from tests.sparse.samples import F64, batch, mask_of, masked, network, normal, seeded
 
@@ -117,6 +117,21 @@ def test_the_fused_engine_takes_tickets_by_itself() -> None:
     _close(engine.jacobian(rows), reference.jacobian(whole))
     outputs = normal(2, 60, seed=3)
     _close(engine.jacobian_transposed(outputs), reference.jacobian_transposed(outputs)[:, kept])
+
+
+@pytest.mark.parametrize("mode", ["eval", "frozen", "batch"])
+def test_fused_groups_are_the_layers_that_they_were(mode: Any) -> None:
+    ticket, _, _ = _pairs("cnn", "auto", batch_norm=mode)
+    data = (normal(6, 2, 8, 8), torch.arange(6))
+    grouped = Problem(fuse(ticket.model), LOSS, data, batch_norm=mode)
+    assert sum(isinstance(module, BatchNormReLU) for module in grouped.model.modules()) == 6
+    engine, report = make_engine(grouped)
+    assert isinstance(engine, FusedEngine) and report.check_error < 1e-12
+    rows = normal(3, ticket.num_params, seed=4)
+    expected = HessianOperator(ticket, engine="autograd").apply_rows(rows)
+    for name in ENGINES:
+        _close(HessianOperator(grouped, engine=name).apply_rows(rows), expected, 1e-9)
+    _close(GGNOperator(grouped).apply_rows(rows), GGNOperator(ticket, engine="autograd").apply_rows(rows), 1e-9)
 
 
 def _engines_agree(problem: Problem) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from curvlab.models import CNN
 from curvlab.sparse import global_magnitude, sparsify
@@ -21,7 +22,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 def train(model: nn.Module, steps: int = 4) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    x, y, losses = images(16, 3, 16, 16), torch.arange(16) % 10, []
+    x, y, losses = images(16, 3, 16, 16).to(next(model.parameters()).dtype), torch.arange(16) % 10, []
     for _ in range(steps):
         loss = F.cross_entropy(model.train()(x), y)
         optimizer.zero_grad()
@@ -33,22 +34,22 @@ def train(model: nn.Module, steps: int = 4) -> list[float]:
 
 @pytest.mark.parametrize("density", [1.0, 0.3])
 def test_a_fused_network_trains_as_the_plain_one(density: float) -> None:
-    dense = CNN(4, image_size=16, generator=torch.Generator().manual_seed(0))
+    dense = CNN(4, image_size=16, generator=torch.Generator().manual_seed(0)).double()
     plain = dense if density == 1 else sparsify(dense, global_magnitude(dense, density), kernels="sparse")
     fused = fuse(plain)
     kinds = [type(module) for module in fused.modules()]
     assert kinds.count(BatchNormReLU) == 6 and nn.MaxPool2d not in kinds and kinds.count(nn.ReLU) == 1
     assert [module.pool for module in fused.modules() if isinstance(module, BatchNormReLU)] == [False, True] * 3
-    assert train(plain) == pytest.approx(train(fused), rel=1e-4)
+    assert train(plain) == pytest.approx(train(fused), rel=1e-10)
     ours, theirs = fused.state_dict(), plain.state_dict()
     assert list(ours) == list(theirs)
     for name, value in theirs.items():
         torch.testing.assert_close(
-            ours[name], value, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], value, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
         )
     plain.load_state_dict(ours)
-    x = images(3, 3, 16, 16, seed=1)
-    torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-5, atol=1e-5)
+    x = images(3, 3, 16, 16, seed=1).double()
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-10)
 
 
 def test_the_copy_is_its_own() -> None:
@@ -81,6 +82,21 @@ def test_options_of_the_normalization_stay(options: dict) -> None:
         torch.testing.assert_close(fused.train(mode)(x), plain.train(mode)(x))
 
 
+def shared_stays(model: nn.Sequential) -> bool:
+    """One normalization in two places is one still: after .to() too."""
+    fused = fuse(model).double()
+    fused(images(4, 2, 3, 3).double())
+    return fused[0].running_mean is fused[2].running_mean and int(fused[0].num_batches_tracked) == 2  # type: ignore[arg-type]
+
+
+def test_pruned_models_are_fused_too() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    prune.l1_unstructured(model[0], "weight", 0.5)  # leaves a tensor that deepcopy refuses
+    fused = fuse(model)
+    assert isinstance(fused[1], BatchNormReLU)
+    torch.testing.assert_close(fused(images(2, 1, 5, 5)), model(images(2, 1, 5, 5)))
+
+
 def test_other_groups_are_left_alone() -> None:
     class Own(nn.BatchNorm2d):
         pass
@@ -98,5 +114,7 @@ def test_other_groups_are_left_alone() -> None:
     for pool in (nn.MaxPool2d(3), nn.MaxPool2d(2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, padding=1)):
         fused = fuse(nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), pool))
         assert isinstance(fused[0], BatchNormReLU) and not fused[0].pool and type(fused[2]) is nn.MaxPool2d
+    shared = nn.BatchNorm2d(2)
+    assert shared_stays(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU()))
     with pytest.raises(TypeError, match=r"fuse: model must be an nn\.Module, got str"):
         fuse("model")  # type: ignore[arg-type]

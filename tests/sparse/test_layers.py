@@ -67,6 +67,33 @@ def test_a_convolution_is_the_dense_one_with_zeros(name: str, kernels: Any) -> N
 
 
 @pytest.mark.parametrize("kernels", ["sparse", "dense"])
+@pytest.mark.parametrize("name", ["padded", "same_even", "reflect"])
+def test_one_image_without_a_batch_axis(name: str, kernels: Any) -> None:
+    layer = _convolution(name)
+    sparse = MaskedConv2d.from_dense(layer, _keep(layer.weight), kernels=kernels)
+    x = normal(4, 9, 11)
+    assert torch.allclose(sparse(x), sparse.dense_layer()(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+def test_built_on_the_meta_device_and_loaded(kernels: Any) -> None:
+    model = network().eval()
+    mask, x = mask_of(model), batch()[0]
+    trained = sparsify(model, mask, kernels=kernels)
+    empty = sparsify(copy.deepcopy(model).to("meta"), mask, kernels=kernels)
+    assert empty(x.to("meta")).shape == (len(x), 3)
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(trained.state_dict())
+    assert torch.equal(empty(x), trained(x)) and Mask.from_model(empty) == mask
+    taken = sparsify(copy.deepcopy(model).to("meta"), mask)
+    taken.load_state_dict(trained.state_dict(), assign=True)
+    again = sparsify(model, mask)
+    for name in ("stem", "wide"):  # "auto" goes by the device that the values have now
+        assert getattr(taken, name).path == getattr(again, name).path == "sparse"
+    assert torch.equal(taken(x), again(x))
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
 @pytest.mark.parametrize("lead", [(5,), (), (2, 3)])
 def test_a_linear_layer_is_the_dense_one_with_zeros(lead: tuple[int, ...], kernels: Any) -> None:
     layer = nn.Linear(7, 4).to(F64)
@@ -188,6 +215,15 @@ def test_compiles_whole(kernels: Any) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+def test_exports_with_any_number_of_images(kernels: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3))
+    sparse = sparsify(model, mask_of(model), kernels=kernels)
+    x = batch(dtype=torch.float32)[0]
+    program = torch.export.export(sparse, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    assert torch.equal(program.module()(x[:4]), sparse(x[:4]))
+
+
 def test_auto_goes_by_density_and_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     limits = [((64, 32, 3, 3), 0.65), ((64, 128, 3, 3), 0.57), ((64, 2048, 1, 1), 0.55), ((256, 4096), 0.2)]
@@ -248,6 +284,11 @@ class OwnForward(nn.Linear):
             r"\[3, 2\], got torch.bool \[2, 3\]",
         ),
         (lambda: MaskedLinear(nn.Linear(2, 3), None), ValueError, "got NoneType"),  # type: ignore[arg-type]
+        (
+            lambda: MaskedLinear(nn.Linear(2, 3), torch.ones(3, 2).bool()).set_mask(0.5),  # type: ignore[arg-type]
+            ValueError,
+            r"MaskedLinear: mask must be boolean with the weight's shape \[3, 2\], got float",
+        ),
         (lambda: MaskedLinear(OwnForward(2, 3), torch.ones(3, 2).bool()), TypeError, "got OwnForward"),
         (lambda: MaskedConv2d(nn.Linear(2, 3), torch.ones(3, 2).bool()), TypeError, "nn.Conv2d"),  # type: ignore[arg-type]
         (lambda: MaskedLinear(nn.Linear(2, 3), torch.ones(3, 2).bool(), kernels="fast"), ValueError, "kernels must be"),  # type: ignore[arg-type]

@@ -119,6 +119,10 @@ def test_interoperates_with_torch_prune() -> None:
         (lambda: Mask.dense(3), TypeError, "must be an nn.Module, got int"),  # type: ignore[arg-type]
         (lambda: Mask.dense(nn.LazyLinear(2)), ValueError, "lazy parameter weight"),
         (lambda: Mask.from_model(network()), ValueError, "sparse layers"),
+        (lambda: Mask.from_model(3), TypeError, "Mask.from_model: model must be an nn.Module, got int"),  # type: ignore[arg-type]
+        (lambda: Mask.from_prune(3), TypeError, "Mask.from_prune: model must be an nn.Module, got int"),  # type: ignore[arg-type]
+        (lambda: example().apply_(3), TypeError, r"Mask.apply_: model must be an nn.Module, got int"),  # type: ignore[arg-type]
+        (lambda: example().to_prune(3), TypeError, r"Mask.to_prune: model must be an nn.Module, got int"),  # type: ignore[arg-type]
         (lambda: Mask.from_prune(network()), ValueError, "pruned by torch.nn.utils.prune"),
         (lambda: example().apply_(network()), ValueError, "must have a of shape .* no such parameter"),
         (lambda: example().to_prune(network()), ValueError, "must have a of shape .* no such parameter"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from curvlab.models import CNN, MLP, NTKLinear
 from curvlab.sparse import (
@@ -25,7 +27,7 @@ from curvlab.sparse import (
     sparsify,
     update_mask,
 )
-from curvlab.training import Recipe, generator, train
+from curvlab.training import Recipe, generator, train, train_group
 from tests.sparse.samples import F64, batch, mask_of, masked, network, seeded
 from tests.training.samples import dataset
 
@@ -168,6 +170,19 @@ def test_a_new_mask_moves_the_optimizers_state_by_position(name: str) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    """It would go on with what the model no longer has."""
+    model = network()
+    sparse = sparsify(model, mask_of(model))
+    before = copy.deepcopy(sparse.state_dict())
+    with pytest.raises(ValueError, match=r"optimizer must hold values of the layers in mask \(say stem.weight\)"):
+        update_mask(sparse, mask_of(model, 0.2), torch.optim.SGD(model.parameters(), 0.1))
+    assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+    optimizer = torch.optim.SGD([sparse.head[3].values, *sparse.norm.parameters()], 0.1)  # type: ignore[index, union-attr]
+    update_mask(sparse, mask_of(model, 0.2), optimizer)  # of one layer, the others frozen
+    assert sparse.head[3].values is optimizer.param_groups[0]["params"][0]  # type: ignore[index, union-attr]
+
+
 def test_pruning_to_one_weight_keeps_step_counts() -> None:
     layer = sparsify(nn.Linear(4, 3), Mask({"weight": torch.ones(3, 4).bool()}))
     optimizer = torch.optim.Adam(layer.parameters(), 0.01)
@@ -232,8 +247,35 @@ def test_controls() -> None:
     state = torch.random.get_rng_state()
     reinitialize(model, seeded(1))
     assert torch.equal(state, torch.random.get_rng_state())
-    with pytest.raises(TypeError, match="reset_parameters, got NTKLinear"):
-        reinitialize(nn.Sequential(NTKLinear(2, 2)), seeded())
+
+
+def _pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    return model
+
+
+def _normalized(how: Callable[..., nn.Module]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(how(nn.Linear(5, 4)))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "match"),
+    [
+        (lambda: nn.Sequential(NTKLinear(2, 2)), TypeError, "reset_parameters, got NTKLinear"),
+        (_pruned, TypeError, "reset_parameters draws all their parameters, got 1.weight_orig"),
+        (lambda: _normalized(nn.utils.spectral_norm), TypeError, "draws all their parameters, got 0.weight_orig"),
+        (lambda: _normalized(nn.utils.weight_norm), TypeError, "draws all their parameters, got 0.weight_g"),
+        (lambda: _normalized(nn.utils.parametrizations.weight_norm), TypeError, "got ParametrizationList"),
+        (lambda: nn.Sequential(nn.LazyLinear(2)), ValueError, "got a lazy parameter 0.weight: run it once"),
+    ],
+)
+def test_what_reset_parameters_would_not_draw_is_refused(model: Any, error: type[Exception], match: str) -> None:
+    """It came back with the old weights, silently."""
+    with pytest.raises(error, match=match):
+        reinitialize(model(), seeded())
 
 
 def test_the_ordinary_loop_trains_sparse_networks_and_resumes(tmp_path: Any) -> None:
@@ -269,6 +311,49 @@ def test_the_ordinary_loop_trains_sparse_networks_and_resumes(tmp_path: Any) -> 
         train(elsewhere, data, recipe, seed=0, checkpoint=file)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "pruned by torch", "hooked"])
+def test_networks_that_no_stack_computes_train_one_by_one(kind: str) -> None:
+    """Pruned ones came out of order (weight_orig stands behind the bias), sparse ones have no weight."""
+
+    def doubled(module: nn.Module, args: Any, output: Any) -> Any:
+        return 2 * output
+
+    def fresh() -> nn.Module:
+        model = MLP(9, in_features=20, generator=generator(0, "init"))
+        if kind == "sparse":
+            return sparsify(model, global_magnitude(model, 0.3))
+        for layer in model.linear_layers():
+            if kind == "hooked":
+                layer.register_forward_hook(doubled)
+            else:
+                prune.l1_unstructured(layer, "weight", 0.7)
+        return model
+
+    data, recipe, models = dataset(dtype=torch.float32), Recipe(2, 64, 0.1), [fresh(), fresh()]
+    assert train_group(models[:1], data, recipe, seeds=[0]).engine == "one-by-one"
+    train(models[1], data, recipe, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(*[model.parameters() for model in models], strict=True))
+
+
+def test_pruning_of_layers_that_the_mask_does_not_name_goes_on() -> None:
+    """It was made permanent there too, and the zeros grew back."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).to(F64)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    mask = Mask.from_prune(model)
+    sparse = sparsify(model, Mask({"2.weight": mask["2.weight"]}))
+    assert isinstance(sparse[2], MaskedLinear) and Mask.from_prune(sparse) == Mask({"0.weight": mask["0.weight"]})  # type: ignore[index]
+    x = torch.randn(6, 5, dtype=F64, generator=seeded())
+    assert torch.allclose(sparse(x), model(x), rtol=1e-12)
+    optimizer = torch.optim.SGD(sparse.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(x).square().sum().backward()
+        optimizer.step()
+    sparse(x)
+    assert not sparse[0].weight[~mask["0.weight"]].any()  # type: ignore[index, union-attr]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -280,6 +365,15 @@ def _hooked() -> nn.Module:
     model = nn.Sequential(nn.Linear(3, 3))
     model[0].register_forward_hook(lambda module, args, output: output)
     return model
+
+
+def _parametrized_bias() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(2, 2), "bias")
+
+
+def _alias() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, layer)
 
 
 def _named(name: str, *shape: int) -> Mask:
@@ -308,8 +402,17 @@ def _named(name: str, *shape: int) -> Mask:
             ValueError,
             "parametrized",
         ),
+        (_parametrized_bias, _named("weight", 2, 2), ValueError, "parametrized"),
         (lambda: nn.Linear(2, 2), {"weight": torch.ones(2, 2).bool()}, TypeError, "mask must be a Mask, got dict"),
         (lambda: 3, _named("weight", 2, 2), TypeError, "model must be an nn.Module, got int"),
+        (lambda: nn.LazyLinear(2), _named("weight", 2, 2), ValueError, "got a lazy parameter weight: run it once"),
+        (
+            lambda: _normalized(nn.utils.spectral_norm),
+            _named("0.weight", 4, 5),
+            ValueError,
+            "got '0.weight', which Linear computes",
+        ),
+        (_alias, _named("1.weight", 3, 3), ValueError, r"got '1.weight', which is another name of 0.weight"),
     ],
 )
 def test_what_cannot_be_sparsified_is_refused(model: Any, mask: Any, error: type[Exception], match: str) -> None:
@@ -323,7 +426,11 @@ def test_bad_updates_are_refused() -> None:
         (lambda: update_mask(model, mask_of(model)), ValueError, "must name sparse layers of the model"),
         (lambda: update_mask(model, 0.5), TypeError, "mask must be a Mask"),  # type: ignore[arg-type]
         (lambda: update_mask(model, mask_of(model), optimizer=0.1), TypeError, "torch.optim.Optimizer"),  # type: ignore[arg-type]
+        (lambda: update_mask(3, mask_of(model)), TypeError, "update_mask: model must be an nn.Module"),  # type: ignore[arg-type]
         (lambda: densify(3), TypeError, "densify: model must be an nn.Module"),  # type: ignore[arg-type]
+        (lambda: reinitialize(3), TypeError, "reinitialize: model must be an nn.Module"),  # type: ignore[arg-type]
+        (lambda: reinitialize(model, 3), TypeError, "reinitialize: generator must be a torch.Generator"),  # type: ignore[arg-type]
+        (lambda: shuffle_layerwise(model), TypeError, "shuffle_layerwise: mask must be a Mask, got Residual"),  # type: ignore[arg-type]
         (lambda: sparsify(model, mask_of(model), kernels="fast"), ValueError, "kernels must be"),  # type: ignore[arg-type]
     ):
         with pytest.raises(error, match=match):

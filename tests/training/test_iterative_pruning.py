@@ -115,7 +115,7 @@ def test_a_level_trains_what_follows_the_rewind_point(digits: Dataset, store: Ru
                 gradient.mul_(keep)
             optimizer.step()
     for (name, a), b in zip(densify(trained.model).state_dict().items(), by_hand.state_dict().values(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4), name
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
     assert [row["epoch"] for row in trained.history] == [2, 3] and trained.history[-1]["step"] == 12
 
 
@@ -277,6 +277,5 @@ def test_pruned_weights_stay_nowhere_through_all_levels(digits: Dataset, store: 
     levels = [replace(LEVEL, densities=LEVEL.densities[:n]) for n in (1, 2, 3)]
     trained = [prune_or_load(store, level, digits) for level in levels]
     for one in trained:
-        zero = Mask.from_zeros(densify(one.model))
-        assert zero.is_nested_in(one.mask)
+        assert Mask.from_zeros(densify(one.model)) == one.mask  # a trained survivor is no zero
     assert all(after.mask.is_nested_in(before.mask) for before, after in pairwise(trained))

@@ -67,6 +67,8 @@ class Simulated:
         return self.memory.put(np.array(data)) if data.size else 0
 
     def launch(self, kernel: str, blocks: int, arguments: list[Any], shared: int = 0) -> None:
+        if not blocks:  # the launchers return early
+            return
         name = ptx_level._kernel(self.program, f"{kernel}I{STORAGE[self.call.dtype]}E")
         passed = [bytes(a) if isinstance(a, Gather) else a for a in arguments]
         self.profiles[kernel] = self.program.run(
