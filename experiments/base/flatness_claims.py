@@ -165,7 +165,7 @@ def every_sigma_claim(found: Flatness) -> Claim:
         )
     text = f"The loss rises more (in percent) at batch {found.large} at every σ (smallest ratio) {PAPERS}"
     verdict = cap(above(measured, 1.0), found.faithful)
-    return Claim("every_sigma", text, f"{published:.2f} at σ = 0.05", measured, verdict, "×",
+    return Claim("every_sigma", text, f"{published:.2f}× at σ = 0.05", measured, verdict, "×",
                  cost_seconds=found.seconds, note=note)  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def over_loss_claim(found: Flatness) -> Claim:
     text = f"Control: λ_max over the loss is larger at batch {found.large} {PAPERS}"
     told = (losses(found), slope_words(found), found.unpaired("relative_sharpness"), scaled(found))
     note = joined(*told) if measured else ""
-    return Claim("relative_sharpness", text, "3.0, from its numbers", measured, verdict, "×",
+    return Claim("relative_sharpness", text, "3.0×, from its numbers", measured, verdict, "×",
                  cost_seconds=found.seconds, note=note)  # fmt: skip
 
 
