@@ -178,7 +178,7 @@ def power_claim(found: Flatness) -> Claim:
         for p, v in zip(*(found.values(m, key[1]) for m in ("power_lambda", "sharpness")), strict=True)
     ]
     worst = max(ends, key=abs, default=math.nan)
-    measured = Estimate(worst, min(ends), max(ends), len(ends), "worst of all networks; range") if ends else None
+    measured = _range(worst, ends) if ends else None
     judged = judge_tolerance(measured, 0.0, POWER)
     text = (
         f"Audit: 30 power iterations are within {POWER:g} % of λ_max on every network at the last epoch, as written "
@@ -186,6 +186,11 @@ def power_claim(found: Flatness) -> Claim:
     )
     return Claim("power", text, "not checked", measured, cap(judged.verdict, found.faithful), "%",
                  cost_seconds=found.seconds, note=joined(judged.text, scaled(found)) if measured else "")  # fmt: skip
+
+
+def _range(worst: float, ends: Sequence[float]) -> Estimate:
+    """All that was found, which is no confidence interval and has no level."""
+    return Estimate(worst, min(ends), max(ends), len(ends), "worst of all networks; range", level=math.nan)
 
 
 def over_loss_claim(found: Flatness) -> Claim:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 
 from curvlab.runs.report import Claim, Study, write_report
 from curvlab.runs.report.page import _paper
-from curvlab.runs.stats import Survives, Verdict
+from curvlab.runs.stats import Estimate, Survives, Verdict
 from curvlab.runs.store import RunStoreError
 
 
@@ -122,6 +123,14 @@ def test_page_says_it_all(tmp_path, page, make_study, hostile):
     assert "Not the published data" not in text
     warned = write_report([make_study(published=False)], tmp_path / "b").read_text()
     assert warned.count("ot the published data") == 6  # the banner and every verdict
+
+
+def test_a_range_claims_no_level(tmp_path, make_study):
+    study = make_study()
+    measured = Estimate(-0.1, -0.1, 0.2, 9, "worst; range", level=math.nan)
+    claims = [dataclasses.replace(study.claims[0], measured=measured)]
+    text = write_report([dataclasses.replace(study, claims=claims)], tmp_path).read_text()
+    assert "<small>worst; range</small>" in text
 
 
 def test_only_verdicts_on_other_data_are_marked(tmp_path, make_study):
