@@ -179,7 +179,7 @@ def power_claim(found: Flatness) -> Claim:
     ]
     worst = max(ends, key=abs, default=math.nan)
     measured = _range(worst, ends) if ends else None
-    judged = judge_tolerance(measured, 0.0, POWER)
+    judged = judge_tolerance(measured, 0.0, POWER, unit="%")
     text = (
         f"Audit: 30 power iterations are within {POWER:g} % of λ_max on every network at the last epoch, as written "
         "(worst, with the range)"
