@@ -175,16 +175,16 @@ def finished(manifest: Manifest, store: RunStore) -> Finished:
 
 
 def committed(name: str, results: Path = RESULTS) -> Finished | None:
-    """What is committed of a study; None where nothing is, or it is of another version of its protocol.
+    """What is committed of a study; None where nothing is, or it is of another version of its protocol or presets.
 
     Raises:
         RunStoreError: a committed file is missing its pair or is corrupt.
     """
-    folder = results / name
+    folder, study = results / name, load_study(name)
     if not (folder / "verdicts.json").exists():
         return None
     manifest = Manifest.from_json(read_json(folder / "verdicts.json"), folder / "verdicts.json")
-    if manifest.protocol != load_study(name).PROTOCOL:
+    if manifest.protocol != study.PROTOCOL or manifest.preset not in study.PRESETS:
         return None
     return Finished(manifest, read_rows(folder / "rows.parquet"), is_committed=True)
 

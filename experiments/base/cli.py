@@ -300,7 +300,8 @@ def write_report(command: Report, console: Console) -> int:
         there = archive.committed(name)
         if there is not None and command.preset in (None, there.manifest.preset):
             shown.append(there)
-            console.print(f"{name}: not run here, shown from the committed rows (preset {there.manifest.preset})")
+            words = f"{name}: not run here, shown from the committed rows (preset {there.manifest.preset})"
+            console.print(words, markup=False)
             continue
         hint = f"python -m experiments run {name} --preset {command.preset or next(iter(study.PRESETS))}"
         console.print(f"{name}: no finished run in {store.root}; type: {hint}", markup=False)
