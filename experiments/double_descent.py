@@ -359,7 +359,11 @@ def sweeps(rows: Sequence[Row], config: Config) -> Sweeps:
 
 def claims(rows: Sequence[Row], config: Config) -> list[Claim]:
     """The paper's claims, each with its control; then the controls and the exactly solvable case."""
-    found = descent_claims(sweeps(rows, config))
+    images, other = config.image_dataset, config.dataset
+    found = [
+        replace(claim, dataset=images if claim.id.startswith("cnn") else other)
+        for claim in descent_claims(sweeps(rows, config))
+    ]
     if config.dataset == "mnist":
         return found
     # On generated or tiny data the laws are worth showing; the paper's statements are not tested by them.

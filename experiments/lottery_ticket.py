@@ -31,7 +31,7 @@ if __name__ == "__main__":  # run as a file: the checkout's root takes this fold
     runpy.run_module("experiments", run_name="__main__")
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from curvlab.runs import figures as draw
@@ -251,7 +251,11 @@ def read(rows: Sequence[Row], config: Config) -> Tickets:
 
 def claims(rows: Sequence[Row], config: Config) -> list[Claim]:
     """The paper's claims with their controls; then the controls as claims of their own."""
-    return ticket_claims(read(rows, config))
+    lenet = ("lenet", "early_stop")
+    return [
+        replace(claim, dataset=config.dataset if claim.id.startswith(lenet) else config.image_dataset)
+        for claim in ticket_claims(read(rows, config))
+    ]
 
 
 def laws(rows: Sequence[Row], config: Config) -> list[Law]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,57 @@ from benchmarks.harness import shares
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMITTED = json.loads((ROOT / "experiments" / "results" / "ntk_width" / "verdicts.json").read_text())
-VERDICTS = {claim["id"]: claim for claim in COMMITTED["claims"]}
-DECIMALS = {"ratio": 2, "slope": 3, "means": 1, "accuracy": 1, "lazier": 2, "regime": 3}
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+CLAIMS = [  # study, claim, decimals of the README
+    *(("ntk_width", *claim) for claim in (("ratio", 2), ("slope", 3), ("means", 1), ("accuracy", 1), ("lazier", 2))),
+    ("ntk_width", "regime", 3),
+    ("batch_size", "gap", 2),
+    ("batch_size", "equal_updates", 1),
+    ("batch_size", "equal_ratio", 1),
+    ("sharpness", "lambda", 2),
+    ("sharpness", "equal_loss", 1),
+    ("optimizers", "full_batch", 1),
+    ("optimizers", "adam", 1),
+    ("double_descent", "mlp_gain", 2),
+    ("double_descent", "mlp_no_peak", 1),
+    ("double_descent", "mlp_noise_peak", 1),
+    ("lottery_ticket", "kept_10", 1),
+    ("lottery_ticket", "cnn_init", 1),
+    ("lottery_ticket", "lenet_init", 2),
+]
+BESIDE = {"equal_updates", "equal_ratio", "equal_loss", "mlp_no_peak", "mlp_noise_peak"}  # in another claim's control
+
+
+def committed(study: str) -> dict[str, dict]:
+    record = json.loads((ROOT / "experiments" / "results" / study / "verdicts.json").read_text())
+    return {claim["id"]: claim for claim in record["claims"]}
 
 
 def rows(name: str) -> list[dict]:
     return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
 
 
-@pytest.mark.parametrize(("claim", "decimals"), DECIMALS.items())
-def test_verdicts(claim: str, decimals: int) -> None:
-    measured = VERDICTS[claim]["measured"]
-    value, low, high = (f"{measured[key]:.{decimals}f}".replace("-", "−") for key in ("value", "low", "high"))
-    line = next(line for line in README.splitlines() if f"[{low}, {high}], n=" in line)
-    assert f"{value} " in line
-    assert VERDICTS[claim]["verdict"] in line
+@pytest.mark.parametrize(("study", "claim", "decimals"), CLAIMS)
+def test_verdicts(study: str, claim: str, decimals: int) -> None:
+    found = committed(study)[claim]
+    value, low, high = (f"{found['measured'][key]:.{decimals}f}".replace("-", "−") for key in ("value", "low", "high"))
+    shown = f"[{low}, {high}]" + ("" if claim in BESIDE else ", n=")
+    line = next(line for line in README.splitlines() if shown in line)
+    assert re.search(rf"(?<![\d.]){value}( %| points)? \[{re.escape(low)}", line)
+    if claim not in BESIDE:
+        assert f"| {found['verdict']} |" in line
+        survives = line.split("|")[5].replace("*", "").split(":")[0].split(",")[0].strip()
+        assert survives == found["survives"] or (survives, found["survives"]) == ("–", "not tested")
+
+
+def test_count_of_claims() -> None:
+    studies = [path.parent.name for path in (ROOT / "experiments" / "results").glob("*/verdicts.json")]
+    assert f"Six studies, {sum(len(committed(study)) for study in studies)} claims" in README and len(studies) == 6
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
+def test_every_python_block_runs(block: str) -> None:
+    exec(compile(block, "README.md", "exec"), {})
 
 
 def test_norms_benchmark() -> None:

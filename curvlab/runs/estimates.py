@@ -24,7 +24,8 @@ Array = NDArray[np.float64]
 class Estimate:
     """A number with its interval, its sample size and how both were made.
 
-    ``low`` and ``high`` are NaN where no interval can be had (n = 1). ``counts`` are the group sizes where more than
+    ``low`` and ``high`` are NaN where no interval can be had (n = 1); ``level`` is NaN where they are the range of all
+    values and no confidence interval. ``counts`` are the group sizes where more than
     one group enters (a ratio of 3 seeds to 1: ``n=4, counts=(3, 1)``, shown as "n=3+1"). ``grouped_by`` names the
     groups where there are many: eight sizes of two seeds are shown as "n=2 × 8 sizes".
     """

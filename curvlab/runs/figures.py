@@ -165,6 +165,7 @@ def plot_groups(
     geometric: bool = False,
     intervals: Mapping[float, Estimate] | None = None,
     connect: bool = True,
+    aside: float = 7.0,
 ) -> None:
     """One series: per x every seed as a dot beside the mean's marker, its 95 % interval as a bar.
 
@@ -176,13 +177,14 @@ def plot_groups(
         geometric: geometric means and intervals (for log axes).
         intervals: estimates to show instead of those computed here (pooled SD, say).
         connect: join the means by a line.
+        aside: points between a mean and its first dot; fewer where the next abscissa is near, or it would seem its own.
     """
     color, marker = SERIES[series % len(SERIES)], MARKERS[series % len(MARKERS)]
     average: Callable[..., Estimate] = geometric_mean_interval if geometric else mean_interval
     shown = {x: (intervals or {}).get(x) or average(values) for x, values in sorted(groups.items())}
     xs, means = list(shown), [e.value for e in shown.values()]
     axes.plot(xs, means, color=color, marker="", linestyle="-" if connect else "none", alpha=0.55, zorder=2)
-    _plot_seeds(axes, groups, color)
+    _plot_seeds(axes, groups, color, aside)
     held = {x: e for x, e in shown.items() if e.has_interval and np.isfinite([e.low, e.high]).all()}
     if held:
         lows = [max(0.0, e.value - e.low) for e in held.values()]
@@ -194,12 +196,12 @@ def plot_groups(
     axes.plot(xs, means, marker=marker, linestyle="none", color=color, markersize=5.5, zorder=5, label=label or None)
 
 
-def _plot_seeds(axes: Axes, groups: Mapping[float, Sequence[float]], color: str) -> None:
+def _plot_seeds(axes: Axes, groups: Mapping[float, Sequence[float]], color: str, aside: float) -> None:
     """Each seed a dot, fanned out to the right of its mean (7 to 13 points), where the mean's marker would hide it."""
     most = max((len(values) for values in groups.values()), default=0)
     for seed in range(most):
         here = {x: values[seed] for x, values in groups.items() if len(values) > seed}
-        shift = (7 + 6 * seed / max(1, most - 1)) / 72
+        shift = aside / 7 * (7 + 6 * seed / max(1, most - 1)) / 72
         moved = axes.transData + ScaledTranslation(shift, 0, axes.figure.dpi_scale_trans)
         axes.plot(
             list(here), list(here.values()), ".", color=color, alpha=0.7, markersize=4.5, markeredgewidth=0, zorder=3,

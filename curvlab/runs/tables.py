@@ -3,7 +3,7 @@
 
 Cells are text, numbers, booleans, None (shown as a dash), enums or :class:`~curvlab.runs.stats.Estimate`, which reads
 ``0.934 [0.921, 0.947], n=3``. Digits: an interval's half-width gets two significant digits and the value as many
-decimals; a number without interval gets four significant digits.
+decimals; a number without interval gets four significant digits, and none that it does not have (0.005, 93.3).
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ MISSING = "–"
 
 
 def format_number(value: float, digits: int = 4) -> str:
-    """``digits`` significant digits, thousands separated, no exponent between 1e-4 and 1e15; integers in full."""
+    """``digits`` significant digits, thousands separated, no exponent between 1e-4 and 1e15; integers in full.
+
+    A number that ends before (a learning rate, a rounded percentage) gets no zeros behind it.
+    """
     if isinstance(value, bool) or value is None:
         return MISSING if value is None else ("yes" if value else "no")
     if not math.isfinite(value):
@@ -34,6 +37,8 @@ def format_number(value: float, digits: int = 4) -> str:
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
         return _minus(f"{int(value):,}" if abs(value) >= 10000 else f"{int(value)}")
     exponent = math.floor(math.log10(abs(value)))
+    if -4 <= exponent < 4 and float(f"{value:.{digits - 1}g}") == value:
+        return _minus(f"{value:.{digits - 1}g}")
     if exponent < -4 or exponent >= 15:
         return _minus(f"{value:.{digits - 1}e}")
     return _minus(

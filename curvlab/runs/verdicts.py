@@ -94,6 +94,7 @@ def judge_tolerance(
     *,
     relative: bool = False,
     null_value: float | None = None,
+    unit: str = "",
 ) -> ToleranceJudgement:
     """Verdict of "the number is the paper's": *Reproduced* where |value − paper| ≤ tolerance.
 
@@ -107,6 +108,7 @@ def judge_tolerance(
         tolerance: half-width, > 0; with ``relative`` a share of ``|paper_value|`` (0.05 for 5 %).
         relative: see ``tolerance``.
         null_value: the value of no effect, if the claim has one.
+        unit: of the values, for the text.
     """
     if not tolerance > 0 or not math.isfinite(paper_value):
         raise ValueError(
@@ -120,7 +122,7 @@ def judge_tolerance(
     within = abs(estimate.value - paper_value) <= width
     inside = estimate.low >= paper_value - width and estimate.high <= paper_value + width
     interval_within = inside if estimate.has_interval else None
-    shown = f"{tolerance:.3g}" if not relative else f"{100 * tolerance:.3g} %"
+    shown = f"{tolerance:.3g} {unit}".strip() if not relative else f"{100 * tolerance:.3g} %"
     whole = {True: ", so is the whole interval", False: ", the interval is not wholly", None: ", no interval"}
     text = f"{'within' if within else 'not within'} ±{shown}" + (whole[interval_within] if within else "")
     verdict = Verdict.REPRODUCED if within else Verdict.NOT_REPRODUCED

@@ -48,6 +48,11 @@ class Ascent:
         """Increase / (1 + L(theta)): Keskar's normalization, without his factor 100."""
         return self.increase / (1.0 + self.base_loss)
 
+    def __repr__(self) -> str:
+        steps = f"{len(self.losses) - 1} step{'' if len(self.losses) == 2 else 's'}, {self.num_gradients} gradients"
+        length = self.perturbation.norm().item()
+        return f"loss {self.base_loss:.6g}, {self.increase:.6g} more at a distance of {length:.4g} ({steps})"
+
 
 def _check_radius(function: str, radius: float) -> None:
     if not (radius > 0 and radius < float("inf")):

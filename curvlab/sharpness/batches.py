@@ -55,6 +55,12 @@ class BatchSharpness:
         weights = self.squared_gradients / self.squared_gradients.sum()
         return torch.where(weights == 0, 0.0, self.curvatures * weights).sum().item()
 
+    def __repr__(self) -> str:
+        return (
+            f"batch sharpness {self.value:.6g}, standard error {self.standard_error:.2g}, over {len(self.curvatures)} "
+            f"batches of {self.batch_size}"
+        )
+
 
 def batch_sharpness(
     problem: Problem, batch_size: int, *, num_batches: int = 32, generator: torch.Generator | None = None

@@ -68,6 +68,14 @@ class LossSlice:
         """
         return float("nan") if self.accuracies is None else _height(self.coordinates, -self.accuracies)
 
+    def __repr__(self) -> str:
+        kind = "line" if len(self.coordinates) == 1 else "plane"
+        finite = self.losses[np.isfinite(self.losses)]
+        span = f"{finite.min():.6g} to {finite.max():.6g}" if finite.size else "none finite"
+        lost = self.losses.size - finite.size
+        beside = f", {lost} not finite" if lost and finite.size else ""
+        return f"{kind} of {' x '.join(map(str, self.losses.shape))} points, losses {span}{beside}"
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """An ``.npz`` file, whole or not at all."""
         arrays = {f"axis_{i}": axis for i, axis in enumerate(self.coordinates)}

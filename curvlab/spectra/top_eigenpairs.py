@@ -12,7 +12,7 @@ quantities at hand, and the last product of all tests the found pairs in truth: 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -246,9 +246,22 @@ def eigenvalue_interval(
     interval is of the former, its width what a data set of that size leaves open. Every subset starts from the
     eigenvectors of the one before.
 
+    Args:
+        operators: one a subset, ``[HessianOperator(Problem(model, loss, (x[i::n], y[i::n]))) for i in range(n)]``.
+        k: how many eigenvalues.
+        which: as in :func:`top_eigenpairs`.
+        tol: as in :func:`top_eigenpairs`.
+        generator: of the first subset's start.
+
     Raises:
+        TypeError: one operator and no list of them.
         ValueError: fewer than two operators, or a subset did not converge.
     """
+    if not isinstance(operators, Iterable):
+        raise TypeError(
+            "eigenvalue_interval: operators must be a list of the same matrix on several subsets of the data, got one "
+            f"{type(operators).__name__}"
+        )
     operators = list(operators)
     if len(operators) < 2:
         raise ValueError(f"eigenvalue_interval: operators must be at least 2 subsets, got {len(operators)}")

@@ -37,7 +37,8 @@ class Manifest:
         overrides: ``field=value`` strings on top.
         config: canonical form of the configuration.
         runs: names of its runs in the store.
-        data: ``source`` (a sentence without folders), ``published``, ``fingerprint`` of the data set.
+        data: ``source`` (a sentence without folders), ``published``, ``fingerprint`` of the data sets; ``unpublished``:
+            the names of those that are not published ones.
         environment: versions, processor, threads, device.
         protocol: the study's ``PROTOCOL``.
         wall_seconds: of all its units together.
@@ -110,17 +111,26 @@ def manifests(store: RunStore, name: str, study: StudyModule) -> list[Manifest]:
 
 
 def claims_of(study: StudyModule, rows: Sequence[Row], manifest: Manifest) -> list[Claim]:
-    """The study's verdicts, with the command that gives them (and the whole run's cost where a claim states none)."""
+    """The study's verdicts, with the command that gives them and what they cost.
+
+    The whole run's cost where a claim states none; nothing where nothing was measured.
+    """
     config = restore_config(study, manifest.config)
     return [
         dataclasses.replace(
             claim,
             command=manifest.command,
             preset=manifest.preset,
-            cost_seconds=manifest.wall_seconds if claim.cost_seconds is None else claim.cost_seconds,
+            cost_seconds=_cost(claim, manifest),
         )
         for claim in study.claims(rows, config)
     ]
+
+
+def _cost(claim: Claim, manifest: Manifest) -> float | None:
+    if claim.measured is None:
+        return None
+    return manifest.wall_seconds if claim.cost_seconds is None else claim.cost_seconds
 
 
 def page(study: StudyModule, rows: Sequence[Row], manifest: Manifest) -> StudyPage:
@@ -140,26 +150,67 @@ def page(study: StudyModule, rows: Sequence[Row], manifest: Manifest) -> StudyPa
         environment=dict(manifest.environment),
         data_source=str(manifest.data["source"]),
         data_published=bool(manifest.data["published"]),
+        unpublished=tuple(manifest.data.get("unpublished", ())),
     )
 
 
-def report(found: Sequence[Manifest], store: RunStore, folder: Path) -> Path:
+@dataclass(frozen=True)
+class Finished:
+    """A study run to its end, with its rows.
+
+    Attributes:
+        manifest: of its configuration.
+        rows: long rows of all its runs.
+        is_committed: they are those of ``experiments/results``, and no run of this machine.
+    """
+
+    manifest: Manifest
+    rows: list[Row]
+    is_committed: bool = False
+
+
+def finished(manifest: Manifest, store: RunStore) -> Finished:
+    """A run of this machine."""
+    return Finished(manifest, collect(store, manifest.study, manifest.runs))
+
+
+def committed(name: str, results: Path = RESULTS) -> Finished | None:
+    """What is committed of a study; None where nothing is, or it is of another version of its protocol or presets.
+
+    Raises:
+        RunStoreError: a committed file is missing its pair or is corrupt.
+    """
+    folder, study = results / name, load_study(name)
+    if not (folder / "verdicts.json").exists():
+        return None
+    manifest = Manifest.from_json(read_json(folder / "verdicts.json"), folder / "verdicts.json")
+    if manifest.protocol != study.PROTOCOL or manifest.preset not in study.PRESETS:
+        return None
+    return Finished(manifest, read_rows(folder / "rows.parquet"), is_committed=True)
+
+
+def report(found: Sequence[Finished], folder: Path) -> Path:
     """One HTML page of these studies, their figures as PDF, one Parquet file a study; returns the page's path."""
     pages = []
-    for manifest in found:
-        study = load_study(manifest.study)
-        rows = collect(store, manifest.study, manifest.runs)
-        export_parquet(rows, folder / f"{manifest.study}.parquet")
-        pages.append(page(study, rows, manifest))
+    for one in found:
+        study = load_study(one.manifest.study)
+        export_parquet(one.rows, folder / f"{one.manifest.study}.parquet")
+        shown = page(study, one.rows, one.manifest)
+        where = {"rows": "committed in experiments/results, not run on this machine"} if one.is_committed else {}
+        pages.append(
+            dataclasses.replace(shown, rows=f"{one.manifest.study}.parquet", environment={**where, **shown.environment})
+        )
     return write_report(pages, folder)
 
 
-def publish(manifest: Manifest, store: RunStore, results: Path = RESULTS) -> list[Path]:
-    """Lay a run's rows, verdicts, tables and figures where they are committed; returns the files."""
-    study = load_study(manifest.study)
-    rows = collect(store, manifest.study, manifest.runs)
-    shown, folder = page(study, rows, manifest), results / manifest.study
-    written = [export_parquet(rows, folder / "rows.parquet")]
+def publish(found: Finished, results: Path = RESULTS) -> list[Path]:
+    """Lay a run's rows, verdicts, tables and figures where they are committed; returns the files.
+
+    Of what is committed already the rows stay, and the rest is made anew from them: after a change of how it is shown.
+    """
+    manifest, rows = found.manifest, found.rows
+    shown, folder = page(load_study(manifest.study), rows, manifest), results / manifest.study
+    written = [] if found.is_committed else [export_parquet(rows, folder / "rows.parquet")]
     record = {**manifest.to_json(), "claims": [claim_record(claim) for claim in shown.claims]}
     texts = {"verdicts.json": _json(record)}
     for index, table in enumerate(shown.tables):
@@ -224,12 +275,12 @@ def verify(name: str, store: RunStore, results: Path = RESULTS) -> Verification:
     if not (folder / "verdicts.json").exists():
         return Verification(name, "nothing is committed", 0, ())
     stored = read_json(folder / "verdicts.json")
-    committed = Manifest.from_json(stored, folder / "verdicts.json")
-    local = [m for m in manifests(store, name, study) if m.config == committed.config]
+    recorded = Manifest.from_json(stored, folder / "verdicts.json")
+    local = [m for m in manifests(store, name, study) if m.config == recorded.config]
     if local:
         rows, manifest, origin = collect(store, name, local[0].runs), local[0], f"the run in {store.root}"
     else:
-        rows, manifest, origin = read_rows(folder / "rows.parquet"), committed, "the committed rows"
+        rows, manifest, origin = read_rows(folder / "rows.parquet"), recorded, "the committed rows"
     now = {claim.id: claim_record(claim) for claim in claims_of(study, rows, manifest)}
     before = {claim["id"]: claim for claim in stored["claims"]}
     changes = []
@@ -283,6 +334,7 @@ def make_manifest(
         data={
             "source": "; ".join(map(_source, data)),
             "published": all(one.published for one in data),
+            "unpublished": [one.name for one in data if not one.published],
             "fingerprint": "+".join(one.fingerprint for one in data),
         },
         environment=_environment([one["environment"] for one in done]),

@@ -14,6 +14,7 @@ from curvlab.runs.stats import mean_interval
 from curvlab.runs.store import Row
 from curvlab.runs.tables import Table
 from experiments.base.image_networks import BatchGrid, Cell, published
+from experiments.base.rows import counted
 from experiments.base.settings import (
     RESULTS,
     RESULTS_CAPTION,
@@ -27,7 +28,7 @@ from experiments.base.settings import (
 
 Cells = Mapping[str, Mapping[int, Cell]]
 
-SEEDS = "Dots: seeds; markers: means with 95 % intervals over seeds."
+SEEDS = "Dots: seeds ({}); markers: means with 95 % t intervals over seeds."
 
 
 def batch_tables(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> list[Table]:
@@ -63,9 +64,11 @@ def batch_gaps(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> dict[tup
 
 def batch_figures(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> list[draw.Figure]:
     """Accuracy against batch, lr/batch and updates; then loss and norms against the batch."""
-    papers = " Hollow diamonds: the paper." if config.trains_as_written else ""
+    papers = " Hollow diamonds: the paper's means." if config.trains_as_written else ""
+    found = [values(rows, "test_accuracy", cell.where) for by_batch in cells.values() for cell in by_batch.values()]
+    dots = SEEDS.format(counted(found))
     together = (
-        f"{SEEDS}{papers} The same networks against three things that change together as written; numbers: batch "
+        f"{dots}{papers} The same networks against three things that change together as written; numbers: batch "
         "sizes, each cell in the color of its first arm. Points that (nearly) share an abscissa stand side by "
         "side around it."
     )
@@ -73,7 +76,7 @@ def batch_figures(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> list[
         draw.Figure("accuracy", "Test accuracy against batch, lr/batch and updates", together,
                     accuracy_figure(rows, config, cells)),
         draw.Figure("confounds", "What else the batch size changes",
-                    f"{SEEDS} Geometric means. Arms that share a cell coincide.",
+                    f"{dots} Losses: geometric means. Arms that share a cell coincide.",
                     confounds_figure(rows, config, cells)),
     ]  # fmt: skip
 
@@ -176,7 +179,7 @@ def confounds_figure(rows: Sequence[Row], config: BatchGrid, cells: Cells) -> Ma
             shown = {float(batch): values(rows, metric, cell.where) for batch, cell in found.items()}
             shown = {batch: group for batch, group in shown.items() if group and min(group) > 0}
             if shown:
-                draw.plot_groups(axes, shown, series=series, label=arm, geometric=True)
+                draw.plot_groups(axes, shown, series=series, label=arm, geometric=metric == "fit_loss")
         ticks, is_loss = sorted(config.batches), metric == "fit_loss"
         draw.set_axes(axes, xlabel="batch size", ylabel=label, log_x=True, log_y=is_loss, x_ticks=ticks)
         axes.margins(x=0.1)

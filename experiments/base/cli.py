@@ -22,7 +22,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from curvlab.runs.store import RunStore, RunStoreError, collect
+from curvlab.runs.store import RunStore, RunStoreError
 from curvlab.runs.tables import Table, format_seconds
 from experiments.base import archive
 from experiments.base.scheduler import Outcome, open_runs, run_units
@@ -80,16 +80,20 @@ class Estimate(Run):
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page of all finished studies, their figures as PDF, one Parquet file a study."""
+    """Write one HTML page of all studies, their figures as PDF, one Parquet file a study.
+
+    A study that was not run here is shown from the committed rows.
+    """
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Studies (default: all)."""
     preset: str | None = None
-    """Show the runs of this preset (default: the most faithful one that is finished)."""
+    """Show the runs of this preset (default: the most faithful one that is finished here)."""
     out: Path = Path("runs")
     """Where runs and reports are kept."""
     publish: bool = False
-    """Also lay rows, verdicts, tables and figures into experiments/results/, to be committed."""
+    """Also lay rows, verdicts, tables and figures into experiments/results/, to be committed. Of a study that was not
+    run here: its verdicts, tables and figures anew, from the rows that are there."""
 
 
 @dataclass(frozen=True)
@@ -245,12 +249,11 @@ def _say_unfinished(outcome: Outcome, console: Console) -> int:
 
 def _say_finished(study: StudyModule, manifest: archive.Manifest, store: RunStore, console: Console) -> int:
     """Report, verdicts, laws; 1 if a law is violated."""
-    shown = [manifest]
+    shown = [archive.finished(manifest, store)]
     for name in study_names():
         if name != manifest.study:
-            shown += archive.manifests(store, name, load_study(name))[:1]
-    path = archive.report(shown, store, store.root / "report")
-    rows = collect(store, manifest.study, manifest.runs)
+            shown += [archive.finished(one, store) for one in archive.manifests(store, name, load_study(name))[:1]]
+    path, rows = archive.report(shown, store.root / "report"), shown[0].rows
     config = archive.restore_config(study, manifest.config)
     console.print(verdict_table(archive.claims_of(study, rows, manifest), manifest).to_rich())
     laws = list(study.laws(rows, config))
@@ -285,24 +288,41 @@ def _named(names: Sequence[str]) -> list[tuple[str, StudyModule]]:
 
 def write_report(command: Report, console: Console) -> int:
     """``report``."""
-    store, shown = RunStore(command.out), []
+    store, shown = RunStore(command.out), list[archive.Finished]()
     studies = _named(command.names)
     if command.preset is not None and not any(command.preset in study.PRESETS for _, study in studies):
         configure(studies[0][1], command.preset, [])  # says so, with near matches
     for name, study in studies:
-        found = archive.manifests(store, name, study)
-        found = [m for m in found if command.preset in (None, m.preset)]
-        if not found:
-            hint = f"python -m experiments run {name} --preset {command.preset or next(iter(study.PRESETS))}"
-            console.print(f"{name}: no finished run in {store.root}; type: {hint}", markup=False)
-        shown += found[:1]
+        found = [m for m in archive.manifests(store, name, study) if command.preset in (None, m.preset)]
+        if found:
+            shown.append(archive.finished(found[0], store))
+            continue
+        there = archive.committed(name)
+        if there is not None and command.preset in (None, there.manifest.preset):
+            shown.append(there)
+            words = f"{name}: not run here, shown from the committed rows (preset {there.manifest.preset})"
+            console.print(words, markup=False)
+            continue
+        hint = f"python -m experiments run {name} --preset {command.preset or next(iter(study.PRESETS))}"
+        console.print(f"{name}: no finished run in {store.root}; type: {hint}", markup=False)
     if not shown:
         return 1
-    console.print(f"report: {archive.report(shown, store, store.root / 'report').resolve()}", markup=False)
-    for manifest in shown if command.publish else []:
-        for path in archive.publish(manifest, store):
-            console.print(f"published: {path}", markup=False)
+    console.print(f"report: {archive.report(shown, store.root / 'report').resolve()}", markup=False)
+    for one in shown if command.publish else []:
+        publish_study(one, console, is_asked=command.preset is not None)
     return 0
+
+
+def publish_study(found: archive.Finished, console: Console, *, is_asked: bool) -> None:
+    """Publish, but let no quick run take the place of a longer one's committed results unless its preset was named."""
+    name, preset = found.manifest.study, found.manifest.preset
+    there, order = archive.committed(name), list(load_study(name).PRESETS)
+    if there is not None and not is_asked and order.index(preset) < order.index(there.manifest.preset):
+        words = f"{name}: preset {there.manifest.preset} is committed and stays; to replace it: --preset {preset}"
+        console.print(words, markup=False)
+        return
+    for path in archive.publish(found):
+        console.print(f"published: {path}", markup=False)
 
 
 def verify_studies(command: Verify, console: Console) -> int:

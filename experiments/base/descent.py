@@ -94,11 +94,11 @@ def mlp_means(sweeps: Sweeps) -> Claim:
             middles.append(shift.value)
             if worst is None or abs(shift.value) > abs(worst.value):
                 worst, size = shift, width
-    judged = judge_tolerance(worst, 0.0, NEAR)
+    judged = judge_tolerance(worst, 0.0, NEAR, unit="points")
     note = ""
     if worst is not None:
         # Where all widths are off to one side it is the data or the protocol, not the seeds of one width.
-        note = f"width {size:g}, worst of {len(middles)}; {judged.text} points; mean shift over the widths "
+        note = f"width {size:g}, worst of {len(middles)}; {judged.text}; mean shift over the widths "
         note += f"{replace(mean_interval(middles), grouped_by='widths')}"
     text = f"MLP: mean test accuracy is within {NEAR} points of the paper's at every width (worst deviation)"
     return Claim("mlp_means", text, "0", worst, judged.verdict, "points", cost_seconds=sweeps.seconds("mlp"), note=note)
@@ -274,7 +274,9 @@ def features_curvature(features: Features) -> Claim:
         measured = geometric_mean_interval([at / side for at, side in zip(largest[1.0], sides, strict=True)])
         falls = [math.sqrt(a * b) / at for a, b, at in zip(smallest[0.5], smallest[2.0], smallest[1.0], strict=True)]
         fall = math.exp(sum(map(math.log, falls)) / len(falls))
-        note = f"the smallest nonzero eigenvalue is {fall:,.0f} times smaller at N = n than on both sides"
+        note = (
+            f"the smallest nonzero eigenvalue is {float(f'{fall:.2g}'):,.0f} times smaller at N = n than on both sides"
+        )
     judged = judge_tolerance(measured, 1.0, 0.2)
     text = "Random ReLU features: λ_max does not see the peak (λ_max at N = n over that at n/2 and 2n is 1 ± 0.2)"
     return Claim("features_curvature", text, "theory: 1", measured, judged.verdict,

@@ -146,17 +146,28 @@ def descent_figures(sweeps: Sweeps) -> list[draw.Figure]:
 
 
 def sweep_figure(sweeps: Sweeps) -> draw.Figure:
-    """Test error of both networks, λ_max, λ_max over the loss; columns: MLP and CNN."""
-    figure, panels = draw.new_figure(3, 2, size=(10.6, 10.6))
-    metrics = {"test_error": "test error (%)", "lambda_max": "λ_max", "lambda_over_loss": "λ_max / loss"}
+    """Test error of both networks, λ_max, trace, λ_max over the loss; columns: MLP and CNN."""
+    figure, panels = draw.new_figure(4, 2, size=(10.6, 13.4))
+    metrics = {
+        "test_error": "test error (%)",
+        "lambda_max": "λ_max of the Hessian",
+        "trace": "trace of the Hessian",
+        "lambda_over_loss": "λ_max / training loss",
+    }
     for row, (metric, ylabel) in enumerate(metrics.items()):
         for column, (network, xlabel) in enumerate((("mlp", "width (MLP)"), ("cnn", "channels (CNN)"))):
             _sweep_panel(sweeps, panels[2 * row + column], network, metric, xlabel, ylabel, is_first=row == 0)
+    lost = sum(row["value"] for row in sweeps.rows if row["metric"] == "collapsed")
+    seeds = {row["seed"] for row in sweeps.rows if row["metric"] == "collapsed"}
     caption = (
-        "Dots: seeds; markers: means (λ: geometric) with 95 % intervals, spread pooled over an arm; crosses at "
-        "the top: collapsed networks, in no mean; hollow diamonds: the paper's means (its c = 8 averages a "
-        "diverged run in), at its own protocol."
+        f"Dots: seeds (n = {len(seeds)}); markers: means (λ, trace: geometric) with 95 % t intervals, spread pooled "
+        "over the sizes of an arm; "
+        + ("crosses at the top: collapsed networks, in no mean" if lost else "no network collapsed")
     )
+    if any(sweeps.as_written.values()):
+        caption += "; hollow diamonds: the paper's means"
+        caption += " (its c = 8 averages a diverged run in)" if sweeps.as_written["cnn"] else ""
+    caption += ". Curvature is taken on the first training images, with the labels trained on."
     return draw.Figure("sweeps", "Error and curvature along the size", caption, figure)
 
 
@@ -181,7 +192,8 @@ def _sweep_panel(
     shown = {size: 100 - sum(pair) / 2 for size, pair in published.items() if size in sizes}
     if is_first and sweeps.as_written[network] and shown:
         draw.plot_published(axes, list(shown), list(shown.values()), label="paper")
-    draw.set_axes(axes, xlabel=xlabel, ylabel=ylabel, log_x=True, log_y=is_log, x_ticks=sorted(sizes))
+    title = network.upper() if is_first else ""
+    draw.set_axes(axes, title=title, xlabel=xlabel, ylabel=ylabel, log_x=True, log_y=is_log, x_ticks=sorted(sizes))
     if is_first and arms:
         draw.add_legend(axes)
 
@@ -216,7 +228,7 @@ def phase_figure(sweeps: Sweeps) -> draw.Figure:
                 share = (value - smallest) / max(largest - smallest, 1e-9)
                 axes.text(x + 0.5, y + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=9,
                           color="#ffffff" if share > 0.5 else "#111111")  # fmt: skip
-    draw.set_axes(axes, xlabel="width (MLP)", ylabel="wrong labels (%)")
+    draw.set_axes(axes, title="Test error (%)", xlabel="width (MLP)", ylabel="wrong labels (%)")
     axes.grid(visible=False)
     axes.set_xticks([x + 0.5 for x in range(len(widths))], [f"{width:g}" for width in widths])
     axes.set_yticks([y + 0.5 for y in range(len(shares))], [f"{100 * share:g}" for share in shares])
@@ -231,23 +243,32 @@ def feature_figure(features: Features) -> draw.Figure:
     for series, (labels, words) in enumerate((("clean", "true labels"), ("noisy", "wrong labels in part"))):
         found = features.groups("test_mse", labels)
         tops += [max(values) for values in found.values()]
-        draw.plot_groups(panels[0], found, series=series, label=words, geometric=True,
+        draw.plot_groups(panels[0], found, series=series, label=words, geometric=True, aside=2.0,
                          intervals=_means(features, "test_mse", labels))  # fmt: skip
     draw.plot_guide(panels[0], [1.0, 1.0], [0.2, max(tops)], label="N = n")
-    draw.set_axes(panels[0], xlabel="N/n", ylabel="squared test error", log_x=True, log_y=True)
+    draw.set_axes(
+        panels[0], xlabel="N/n (features / training images)", ylabel="squared test error", log_x=True, log_y=True
+    )
     names = {"lambda_max": "λ_max", "trace": "trace", "lambda_min": "smallest nonzero eigenvalue"}
     for series, (metric, words) in enumerate(names.items()):
         found = features.groups(metric, "both")
-        draw.plot_groups(panels[1], found, series=series, label=words, geometric=True,
+        draw.plot_groups(panels[1], found, series=series, label=words, geometric=True, aside=2.0,
                          intervals=_means(features, metric, "both"))  # fmt: skip
     ends = [value for values in features.groups("lambda_min", "both").values() for value in values]
     draw.plot_guide(panels[1], [1.0, 1.0], [min(ends), max(features.groups("trace", "both")[1.0])] if 1.0 in
                     features.groups("trace", "both") else [min(ends), max(ends)])  # fmt: skip
-    draw.set_axes(panels[1], xlabel="N/n", ylabel="eigenvalues of ΦᵀΦ/n", log_x=True, log_y=True)
+    draw.set_axes(
+        panels[1], xlabel="N/n (features / training images)", ylabel="eigenvalues of ΦᵀΦ/n", log_x=True, log_y=True
+    )
     for axes in panels:
         axes.yaxis.set_major_locator(LogLocator(numticks=8))
         draw.add_legend(axes)
-    caption = f"Minimum-norm least squares on N random ReLU features, n = {features.num_samples}; dots: draws."
+    draws = max(len(values) for values in features.groups("test_mse", "clean").values())
+    caption = (
+        f"Minimum-norm least squares on N random ReLU features and n = {features.num_samples} training images. Dots: "
+        f"{draws} draws of the features (hidden by the markers where they agree); markers: geometric means with 95 % t "
+        "intervals, each N with its own spread."
+    )
     return draw.Figure("features", "The exactly solvable double descent", caption, figure)
 
 

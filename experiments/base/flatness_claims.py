@@ -165,7 +165,7 @@ def every_sigma_claim(found: Flatness) -> Claim:
         )
     text = f"The loss rises more (in percent) at batch {found.large} at every σ (smallest ratio) {PAPERS}"
     verdict = cap(above(measured, 1.0), found.faithful)
-    return Claim("every_sigma", text, f"{published:.2f} at σ = 0.05", measured, verdict, "×",
+    return Claim("every_sigma", text, f"{published:.2f}× at σ = 0.05", measured, verdict, "×",
                  cost_seconds=found.seconds, note=note)  # fmt: skip
 
 
@@ -178,14 +178,19 @@ def power_claim(found: Flatness) -> Claim:
         for p, v in zip(*(found.values(m, key[1]) for m in ("power_lambda", "sharpness")), strict=True)
     ]
     worst = max(ends, key=abs, default=math.nan)
-    measured = Estimate(worst, min(ends), max(ends), len(ends), "worst of all networks; range") if ends else None
-    judged = judge_tolerance(measured, 0.0, POWER)
+    measured = _range(worst, ends) if ends else None
+    judged = judge_tolerance(measured, 0.0, POWER, unit="%")
     text = (
         f"Audit: 30 power iterations are within {POWER:g} % of λ_max on every network at the last epoch, as written "
         "(worst, with the range)"
     )
     return Claim("power", text, "not checked", measured, cap(judged.verdict, found.faithful), "%",
                  cost_seconds=found.seconds, note=joined(judged.text, scaled(found)) if measured else "")  # fmt: skip
+
+
+def _range(worst: float, ends: Sequence[float]) -> Estimate:
+    """All that was found, which is no confidence interval and has no level."""
+    return Estimate(worst, min(ends), max(ends), len(ends), "worst of all networks; range", level=math.nan)
 
 
 def over_loss_claim(found: Flatness) -> Claim:
@@ -195,7 +200,7 @@ def over_loss_claim(found: Flatness) -> Claim:
     text = f"Control: λ_max over the loss is larger at batch {found.large} {PAPERS}"
     told = (losses(found), slope_words(found), found.unpaired("relative_sharpness"), scaled(found))
     note = joined(*told) if measured else ""
-    return Claim("relative_sharpness", text, "3.0, from its numbers", measured, verdict, "×",
+    return Claim("relative_sharpness", text, "3.0×, from its numbers", measured, verdict, "×",
                  cost_seconds=found.seconds, note=note)  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from curvlab.sharpness.plots import plane_levels, plot_line, plot_plane
 from experiments.base import paper
 from experiments.base.flatness import INVARIANCE, MEASURES, Rows, density_of, slice_of
 from experiments.base.flatness_rows import Flatness, Key
-from experiments.base.rows import finals
+from experiments.base.rows import counted, finals
 
 ONLY_LAST = ("power_lambda", "half_accuracy_noise")
 SUBSET = "Intervals are over seeds; the images are one fixed subset, whose noise is in no interval."
@@ -197,13 +197,16 @@ def noise_figure(found: Flatness) -> draw.Figure:
     figure, panels = draw.new_figure(1, 2, size=(10.4, 4.2))
     keys: list[Key] = [key for key in found.settings if key[0] == "as-written" and key[2] == "last"]
     for axes, metric, ylabel in zip(
-        panels, ("noise_percent", "noise_increase"), ("increase of the loss (%)", "increase of the loss"), strict=True
+        panels,
+        ("noise_percent", "noise_increase"),
+        ("increase of the loss (%)", "increase of the loss (nats)"),
+        strict=True,
     ):
         for series, (_, batch, _) in enumerate(keys):
             groups = {sigma: [v for v in found.values(metric, batch, sigma=sigma) if v > 0] for sigma in found.sigmas}
             groups = {sigma: values for sigma, values in groups.items() if values}
             draw.plot_groups(axes, groups, series=series, label=f"batch {batch}", geometric=True)
-        draw.set_axes(axes, xlabel="σ", ylabel=ylabel, log_x=True, log_y=True)
+        draw.set_axes(axes, xlabel="σ of the noise on every weight", ylabel=ylabel, log_x=True, log_y=True)
         axes.xaxis.set_major_locator(FixedLocator([0.0005, 0.002, 0.005, 0.02, 0.05]))
         draw.add_legend(axes)
     if found.faithful:
@@ -211,7 +214,11 @@ def noise_figure(found: Flatness) -> draw.Figure:
             shown = [pair[index] for pair in paper.GEOMETRY_NOISE.values()]
             draw.plot_published(panels[0], list(paper.GEOMETRY_NOISE), shown, label=words)
         draw.add_legend(panels[0])
-    caption = "Dots: seeds (mean over draws); markers: geometric means with 95 % intervals; increases below 0 left out."
+    dots = counted(found.values("noise_percent", batch, sigma=found.sigmas[-1]) for _, batch, _ in keys)
+    caption = (
+        f"Dots: seeds ({dots}; mean over draws); markers: geometric means with 95 % t intervals; increases below 0 are "
+        "left out. Left as the paper has it: over losses that differ between the batches. Right: the same increases."
+    )
     return draw.Figure("noise", "Loss under Gaussian noise on the weights", caption, figure)
 
 
@@ -227,8 +234,10 @@ def spectrum_figure(looks: dict[int, Rows]) -> draw.Figure:
     for series, (batch, one) in enumerate(densities.items()):
         nodes, weights = one.nodes.numpy(), one.weights.numpy()
         distance = (np.arcsinh(grid[:, None, None] / linear) - np.arcsinh(nodes / linear)) / 0.08
-        share = (weights * np.exp(-0.5 * distance**2)).sum(2).mean(1) / (0.08 * np.sqrt(2 * np.pi))
-        axes.plot(grid, np.maximum(share, 1e-12), color=draw.SERIES[series], label=f"batch {batch}")
+        probes = (weights * np.exp(-0.5 * distance**2)).sum(2) / (0.08 * np.sqrt(2 * np.pi))
+        color, ends = draw.SERIES[series], np.maximum([probes.min(1), probes.max(1)], 1e-12)
+        axes.fill_between(grid, ends[0], ends[1], color=color, alpha=0.2, linewidth=0)
+        axes.plot(grid, np.maximum(probes.mean(1), 1e-12), color=color, linewidth=1.3, label=f"batch {batch}")
         top = nodes[weights > 0].max()
         axes.plot([top], [2e-8], marker="v", color=draw.SERIES[series], markersize=7, clip_on=False)
     draw.set_axes(
@@ -240,7 +249,11 @@ def spectrum_figure(looks: dict[int, Rows]) -> draw.Figure:
     axes.set_ylim(1e-8, None)
     axes.yaxis.set_major_locator(LogLocator(numticks=7))
     draw.add_legend(axes)
-    caption = "Stochastic Lanczos quadrature, mean over probes, seed 0; triangles: the largest node of each."
+    count = max(len(one.nodes) for one in densities.values())
+    caption = (
+        f"Stochastic Lanczos quadrature, seed 0: the mean over {count} probes and their range; triangles: the largest "
+        "node of each. The axis is linear around 0 and logarithmic outside, the kernel of equal width on it."
+    )
     return draw.Figure("spectra", "Spectra of the Hessian", caption, figure)
 
 
@@ -253,9 +266,12 @@ def plane_figure(looks: dict[int, Rows]) -> draw.Figure:
         for axes, (batch, plane) in zip(panels, planes.items(), strict=True):
             plot_plane(plane, axes, levels=levels, title=f"batch {batch}")
             axes.grid(visible=False)
+    for axes in panels:
+        axes.set_xlabel("first direction (filter norms)")
+        axes.set_ylabel("second direction (filter norms)")
     caption = (
-        "Loss on planes of two filter-normalized random directions (the same random numbers for both networks), seed "
-        "0, the same levels; the cross is the network."
+        "Loss (nats) on planes of two filter-normalized random directions (the same random numbers for both networks), "
+        "seed 0, the same levels; the cross is the network."
     )
     return draw.Figure("planes", "Filter-normalized planes", caption, figure)
 
@@ -274,7 +290,18 @@ def line_figure(looks: dict[int, Rows]) -> draw.Figure:
             plot_line(lines, panels[0])
         if between:
             plot_line(between, panels[1], chord=True)
-    panels[0].set_title("Through each network")
-    panels[1].set_title("Between the two")
-    caption = "Left: along one filter-normalized random direction. Right: the straight line between the two, seed 0."
+        panels[0].set_title("Through each network")
+        panels[1].set_title("Between the two")
+    panels[0].set_xlabel("step along the direction (filter norms)")
+    ends = [rows[0] for batch, rows in looks.items() if slice_of(rows, "between") is not None]
+    if ends:
+        batch, other = ends[0]["batch_size"], ends[0]["other_batch"]
+        panels[1].set_xlabel(f"share of the way from batch {batch} (0) to batch {other} (1)")
+    for axes in panels:
+        axes.set_ylabel("loss (nats)")
+    caption = (
+        "One network a batch, seed 0. Left: along one filter-normalized random direction, the same random numbers for "
+        "both. Right: the straight line between the two; dotted: between the losses of its ends, over which a barrier "
+        "is measured."
+    )
     return draw.Figure("lines", "Loss along lines", caption, figure)

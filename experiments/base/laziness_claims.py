@@ -80,8 +80,8 @@ def means_claim(arm: Scaling) -> Claim:
     shifts = deviations(arm, PUBLISHED)
     worst = max(shifts, key=lambda width: abs(shifts[width].value), default=None)
     measured = None if worst is None else shifts[worst]
-    judged = judge_tolerance(measured, 0.0, 5.0)
-    note = f"worst of {len(shifts)} widths: {worst}; {judged.text} points" if measured else ""
+    judged = judge_tolerance(measured, 0.0, 5.0, unit="%")
+    note = f"worst of {len(shifts)} widths: {worst}; {judged.text}" if measured else ""
     text = "Mean Δ is within 5 % of the paper's at every width (worst deviation)"
     return Claim("means", text, "0", measured, judged.verdict, "%", cost_seconds=seconds(arm), note=note)
 

@@ -12,6 +12,7 @@ from curvlab.runs.tables import Table
 from experiments.base import paper
 from experiments.base.laziness import MEASURES
 from experiments.base.laziness_claims import deviations
+from experiments.base.rows import counted
 from experiments.base.scaling import Scaling, panel
 
 
@@ -77,12 +78,14 @@ def laziness_figures(
     for axes, metric in zip(panels, metrics, strict=True):
         panel(axes, arms, metric, ylabel=MEASURES[metric], published=papers.get(metric))
         draw.add_legend(axes)
+    seeds = counted(values for arm in arms.values() for values in arm.groups("test_accuracy").values())
     caption = (
-        "Dots: seeds; markers: means with 95 % intervals; dashed: power law with its band; "
+        f"Dots: seeds ({seeds}); markers: means with 95 % t intervals, relative spread pooled over widths; dashed: "
+        "power law with its band; "
         + ("hollow diamonds: the paper (absolute movement: its Δ times √(w + 4))." if published
            else "the paper has no numbers for this data set.")
     )  # fmt: skip
-    words = "Last epoch; dots: seeds; markers: means, bars: 95 % intervals"
+    words = f"Last epoch; dots: seeds ({seeds}); markers: means with 95 % t intervals, spread pooled over widths"
     words += "; hollow diamonds: the paper's means." if published else "."
     return [
         draw.Figure("laziness", "Four laziness curves", caption, figure),

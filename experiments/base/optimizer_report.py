@@ -12,6 +12,7 @@ from curvlab.runs.store import Row
 from curvlab.runs.tables import Table
 from curvlab.training.recipe import Recipe
 from experiments.base import paper
+from experiments.base.rows import counted
 from experiments.base.settings import RESULTS, RESULTS_CAPTION, gap, gap_table, results, values
 
 Arms = Mapping[str, tuple[Recipe, int]]  # arm -> how it trains, on how many images
@@ -70,7 +71,8 @@ def optimizer_figure(rows: Sequence[Row], arms: Arms, *, show_paper: bool) -> dr
     fewer = {images for _, images in arms.values()}
     few = [f"{arm}: {images:,}" for arm, (_, images) in arms.items() if images < max(fewer)]
     caption = (
-        "Left: dots are seeds, markers means with 95 % intervals over seeds"
+        f"Left: dots are seeds ({counted(values(rows, 'test_accuracy', where(arm)) for arm in shown)}), markers means "
+        "with 95 % t intervals over seeds"
         + ("; hollow diamonds: the paper's seeds" if marks else "")
         + f". Training images: {max(fewer):,}"
         + (f" ({', '.join(few)})" if few else "")

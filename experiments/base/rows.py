@@ -37,6 +37,14 @@ def groups(rows: Iterable[Row], metric: str, by: str, **where: Any) -> dict[Any,
     return {level: [value for _, value in sorted(found[level])] for level in sorted(found)}
 
 
+def counted(found: Iterable[Sequence[float]]) -> str:
+    """How many seeds the groups of a figure have, for its caption: ``n = 3``, ``n = 1 to 3``."""
+    counts = sorted({len(values) for values in found if len(values)})
+    if not counts:
+        return "n = 0"
+    return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+
+
 def by_seed(rows: Iterable[Row], metric: str, **where: Any) -> dict[int, float]:
     """Seed -> last-epoch value, in the order of seeds; what is not finite is left out, as in :func:`groups`."""
     found = {row["seed"]: row["value"] for row in finals(rows, metric, **where) if math.isfinite(row["value"])}

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from curvlab.runs import figures as draw
 from curvlab.runs.stats import Estimate, LogLogFit, geometric_mean_interval, loglog_fit, mean_interval, pooled_log_sd
 from curvlab.runs.store import Row
-from curvlab.runs.tables import Table
+from curvlab.runs.tables import Table, format_estimate
 from experiments.base.rows import groups
 
 
@@ -92,8 +92,7 @@ def panel(
         # The law's legend line carries the slope; without a law the means carry the arm's name.
         words = label
         if fit is not None:
-            ends = f" [{fit.slope.low:.2f}, {fit.slope.high:.2f}]" if fit.slope.has_interval else ""
-            words = f"{label}: " + f"slope {fit.slope.value:.2f}{ends}".replace("-", "−")
+            words = f"{label}: slope {format_estimate(fit.slope, with_n=False)}"
             draw.plot_fit(axes, fit, min(found), max(found), series=series, label="")
         draw.plot_groups(
             axes, found, series=series, label=words, geometric=True, intervals=arm.means(metric), connect=False

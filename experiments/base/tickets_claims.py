@@ -213,7 +213,7 @@ def lenet_claim(found: Tickets) -> Claim:
     kept = found.nearest("lenet", "iterative", TENTH) or TENTH
     text = f"LeNet-300-100, iterative: at {percent(kept)} the ticket tests no worse than dense (margin {MARGIN})"
     pair = found.cell("lenet", "iterative", "ticket", kept), dense("lenet")
-    return same(found, "lenet_loss", "lenet", text, pair, about="0.3 at 13.5 %", two_sided=False)
+    return same(found, "lenet_loss", "lenet", text, pair, about="0.3 points at 13.5 %", two_sided=False)
 
 
 def rounds_claim(found: Tickets, network: str) -> Claim:

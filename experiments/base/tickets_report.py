@@ -16,7 +16,8 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from curvlab.runs import figures as draw
 from curvlab.runs.estimates import Estimate
 from curvlab.runs.tables import Table
-from experiments.base.rows import finals
+from experiments.base import paper
+from experiments.base.rows import counted, finals
 from experiments.base.settings import Gap, gap_table, geometric, interval, mean, values
 from experiments.base.tickets import TIMED, WORDS, Cell, decode_counts, dense
 from experiments.base.tickets_claims import (
@@ -31,7 +32,7 @@ from experiments.base.tickets_claims import (
 )
 
 STEP_ASIDE = 1.055  # factor between the arms' abscissas, that they do not hide each other
-DOTS = "Dots: seeds; markers: means with 95 % t intervals."
+DOTS = "Dots: seeds ({}); markers: means with 95 % t intervals."
 CONVOLUTIONS = tuple(f"features.{place}.weight" for place in (0, 3, 7, 10, 14, 17))
 LAYERS = {
     "lenet": ("1.weight", "3.weight", "5.weight"),
@@ -79,9 +80,7 @@ def accuracy_table(found: Tickets) -> Table:
     lines: list[list[Any]] = []
     for cell in _ordered(found):
         tested = values(found.rows, "test_accuracy", cell.where)
-        papers = published(cell.kept) if cell.network == "cnn" and cell.control == "ticket" else None
-        if cell.pruning == "iterative":
-            papers = None
+        papers = papers_accuracy(cell) if cell.network == "cnn" and found.real["cnn"] else None
         lines.append([
             NAMES[cell.network], cell.arm, round(100 * cell.kept, 2), None if papers is None else round(papers, 2),
             mean(found.rows, "test_accuracy", cell.where, factor=100),
@@ -102,6 +101,15 @@ def accuracy_table(found: Tickets) -> Table:
         "seeds. The paper's numbers: CNN(32), 50,000 images, 60 epochs."
     )
     return Table("Accuracy by kept share", columns, lines, caption)
+
+
+def papers_accuracy(cell: Cell) -> float | None:
+    """The paper's mean test accuracy in % of a CNN's cell; None where it has none, as of all rounds of pruning."""
+    if cell.pruning == "iterative":
+        return None
+    if (cell.control, cell.kept) == ("reinit", 0.1):
+        return statistics.mean(paper.TICKET_REINIT)
+    return published(cell.kept) if cell.control == "ticket" else None
 
 
 def _exact(estimate: Estimate | None) -> Estimate | None:
@@ -185,10 +193,14 @@ def ticket_figures(found: Tickets) -> list[draw.Figure]:
     networks = present(found)
     if not networks:
         return []
-    papers = " Hollow diamonds: the paper." if found.as_written and "cnn" in networks else ""
+    papers = " Hollow diamonds: the paper's means." if found.as_written and "cnn" in networks else ""
+    counts = [counted(values(found.rows, "test_accuracy", c.where) for c in found.cells if c.network == n)
+              for n in networks]  # fmt: skip
+    dots = DOTS.format("; ".join(f"{NAMES[n]}: {count}" for n, count in zip(networks, counts, strict=True)))
     figures = [
         draw.Figure("accuracy", "Test accuracy against the share of weights kept",
-                    f"{DOTS}{papers} Arms of one share stand side by side around it; dotted line: the dense network.",
+                    f"{dots}{papers} Arms of one share stand side by side around it; gray, dotted: the dense network. "
+                    "Seeds are common to all arms: differences are known better than the bars suggest (table).",
                     accuracy_figure(found, networks)),
         draw.Figure("layers", "What one global threshold keeps of each layer",
                     "Kept share of each layer of the tickets, one line a share of all weights. Dots: seeds; markers: "
@@ -197,9 +209,10 @@ def ticket_figures(found: Tickets) -> list[draw.Figure]:
     if "lenet" in networks:
         figures += pixel_figures(found)
         figures.append(draw.Figure("early_stop", "When LeNet stops, and what a training step takes",
-                                   f"{DOTS} Left: updates to the least held-out loss (geometric means). Right: the "
-                                   "time of masked dense training over that on sparse layers, tickets; above the "
-                                   "dotted line sparse layers are faster.",
+                                   f"{dots} Left: updates to the least held-out loss, found at epoch ends (geometric "
+                                   "means). Right: the time of masked dense training over that on sparse layers, "
+                                   "tickets (the CNN's with the layers between fused); above the dotted line sparse "
+                                   "layers are faster.",
                                    early_stop_figure(found, networks)))  # fmt: skip
     return figures
 
@@ -218,9 +231,10 @@ def accuracy_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigure
             if groups:
                 draw.plot_groups(axes, groups, series=list(WORDS).index(control), label=WORDS[control])
         ticks = _kept_axis(axes, found, network)
-        base = mean(found.rows, "test_accuracy", dense(network).where, factor=100)
-        if base is not None:
-            draw.plot_guide(axes, [min(ticks), 100], [base.value, base.value], label="dense")
+        base = [100 * value for value in values(found.rows, "test_accuracy", dense(network).where)]
+        if base:
+            draw.plot_groups(axes, {100.0: base}, series=len(WORDS), label="dense")
+            draw.plot_guide(axes, [min(ticks), 100], [statistics.mean(base)] * 2)
         if (network, pruning) == ("cnn", "one-shot") and found.as_written:
             shares = [kept for kept in (1.0, *found.shares("cnn", "one-shot")) if published(kept) is not None]
             draw.plot_published(axes, [100 * kept for kept in shares], [published(kept) or 0.0 for kept in shares],
@@ -329,13 +343,16 @@ def early_stop_figure(found: Tickets, networks: Sequence[str]) -> MatplotlibFigu
             words, series = f"{pruning}, {WORDS[control]}", list(WORDS).index(control)
             draw.plot_groups(left, groups, series=series, label=words, geometric=True)
     ticks = _kept_axis(left, found, "lenet")
-    base = geometric(found.rows, "early_stop_step", dense("lenet").where)
-    if base is not None:
-        draw.plot_guide(left, [min(ticks), 100], [base.value, base.value], label="dense")
+    base = [stop for stop in values(found.rows, "early_stop_step", dense("lenet").where) if stop > 0]
+    if base:
+        draw.plot_groups(left, {100.0: base}, series=len(WORDS), label="dense", geometric=True)
+        draw.plot_guide(left, [min(ticks), 100], [statistics.geometric_mean(base)] * 2)
     draw.set_axes(left, title=NAMES["lenet"], xlabel="weights kept (%)", ylabel="updates to the least held-out loss",
                   log_x=True, log_y=True, x_ticks=ticks)  # fmt: skip
     left.invert_xaxis()
-    draw.add_legend(left)
+    low, high = left.get_ylim()
+    left.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend above the bars
+    draw.add_legend(left, loc="upper right", ncols=2)
     every: set[float] = {100.0}
     for series, network in enumerate(networks):
         pruning = "iterative" if network == "lenet" else "one-shot"

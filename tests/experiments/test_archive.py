@@ -19,7 +19,7 @@ from experiments.base.study import FOLDER, UsageError, configure, description, l
 def results(finished: Path, tmp_path: Path) -> Path:
     study = load_study("ntk_width")
     (manifest,) = archive.manifests(RunStore(finished), "ntk_width", study)
-    archive.publish(manifest, RunStore(finished), tmp_path / "results")
+    archive.publish(archive.finished(manifest, RunStore(finished)), tmp_path / "results")
     return tmp_path / "results"
 
 
@@ -102,6 +102,63 @@ def test_report_shows_the_most_faithful_preset(finished: Path, capsys: pytest.Ca
     assert "index.html" in capsys.readouterr().out
     assert main(["report", "ntk_width", "--preset", "paper", "--out", str(finished)]) == 1
     assert "--preset paper" in capsys.readouterr().out
+
+
+def test_report_shows_committed_rows_where_nothing_was_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from experiments.base.cli import main
+
+    assert main(["report", "ntk_width", "double_descent", "--out", str(tmp_path)]) == 0
+    assert "ntk_width: not run here, shown from the committed rows (preset cpu)" in capsys.readouterr().out
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert text.count("committed in experiments/results, not run on this machine") == 2
+    assert main(["report", "ntk_width", "--preset", "smoke", "--out", str(tmp_path)]) == 1
+
+
+def test_publishing_what_is_committed_gives_the_committed_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables and verdicts are functions of the committed rows; last digits may be those of another SciPy."""
+    monkeypatch.setattr(archive, "save_figure", lambda figure, folder: [folder / f"{figure.name}.svg"])  # 10 s of ink
+    for name in study_names():
+        shutil.copytree(FOLDER / "results" / name, tmp_path / name)
+        found = archive.committed(name, tmp_path)
+        assert found is not None
+        written = archive.publish(found, tmp_path)
+        there = {path.name for path in (tmp_path / name).iterdir() if path.suffix not in (".png", ".parquet")}
+        assert {path.name for path in written} == there
+        for path in written:
+            if path.suffix == ".md":
+                assert path.read_text() == (FOLDER / "results" / name / path.name).read_text(), path
+        now, before = (json.loads((at / name / "verdicts.json").read_text()) for at in (tmp_path, FOLDER / "results"))
+        keys = ("id", "text", "paper", "verdict", "survives")
+        assert [[c[k] for k in keys] for c in now["claims"]] == [[c[k] for k in keys] for c in before["claims"]]
+        assert {k: v for k, v in now.items() if k != "claims"} == {k: v for k, v in before.items() if k != "claims"}
+
+
+def test_a_quick_run_does_not_replace_a_longer_one(
+    results: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from experiments.base.cli import main
+
+    file = results / "ntk_width" / "verdicts.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"preset": "cpu"}))
+    for function in (archive.committed, archive.publish):
+        monkeypatch.setattr(function, "__defaults__", (results,))
+    assert main(["report", "ntk_width", "--publish", "--out", str(finished)]) == 0
+    assert "preset cpu is committed and stays; to replace it: --preset smoke" in capsys.readouterr().out
+    assert json.loads(file.read_text())["preset"] == "cpu"
+    assert main(["report", "ntk_width", "--publish", "--preset", "smoke", "--out", str(finished)]) == 0
+    assert json.loads(file.read_text())["preset"] == "smoke"
+
+
+def test_only_claims_about_other_data_are_marked() -> None:
+    found = archive.committed("double_descent")
+    assert found is not None and found.manifest.data["unpublished"] == ["cifar10"]
+    shown = archive.page(load_study("double_descent"), found.rows, found.manifest)
+    about = {claim.id: claim.dataset for claim in shown.claims}
+    assert about["mlp_gain"] == about["features_peak"] == "mnist" and about["cnn_dip"] == "cifar10"
+    assert {claim.id for claim in shown.claims if claim.measured is None and claim.cost_seconds is not None} == set()
 
 
 def test_configuration_survives_its_canonical_form() -> None:

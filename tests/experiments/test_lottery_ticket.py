@@ -215,6 +215,9 @@ def test_tables_and_figures() -> None:
     accuracy, gaps, *layers, times = tables
     assert len(accuracy.rows) == len(study.cells(CPU)) == len(times.rows)
     assert [line[3] for line in accuracy.rows if line[0] == "CNN" and line[1] == "one-shot, ticket"] == [84.47, 83.72]
+    assert [line[3] for line in accuracy.rows if line[1] == "one-shot, re-initialized"][-1] == 80.92
+    smoke = study.PRESETS["smoke"]  # handwritten digits: the paper's numbers are not about them
+    assert not any(line[3] for line in study.tables(synthetic(smoke, as_published), smoke)[0].rows)
     assert ("CNN", "one-shot: ticket − re-initialized", "10") in {tuple(line[:3]) for line in gaps.rows}
     assert ("LeNet-300-100", "iterative − one-shot", "10.7") in {tuple(line[:3]) for line in gaps.rows}
     assert {len(table.rows) for table in layers} == {3, 8} and layers[

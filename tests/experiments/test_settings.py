@@ -16,6 +16,7 @@ from curvlab.runs.stats import Estimate, Verdict, log_ratio_interval
 from curvlab.runs.store import RunStore
 from curvlab.training import Network, Recipe, Samples, TrainStage
 from experiments.base.networks import correct, decode_hits, encode_hits, forecast_stage, radial_cosine, run_stage
+from experiments.base.rows import counted
 from experiments.base.settings import (
     above,
     cap,
@@ -211,3 +212,8 @@ def test_correct_is_the_argmax_in_the_order_given(digits: Dataset) -> None:
         logits = model(digits.test_x)
     assert torch.equal(found, logits.argmax(1) == digits.test_y)
     assert F.cross_entropy(logits, digits.test_y).item() > 0 and IMAGES == 10_000
+
+
+def test_captions_count_the_seeds() -> None:
+    assert counted([[1.0, 2.0], [3.0, 4.0]]) == "n = 2"
+    assert counted([[1.0, 2.0, 3.0], [], [4.0]]) == "n = 1 to 3" and counted([]) == "n = 0"

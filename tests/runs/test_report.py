@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 
 from curvlab.runs.report import Claim, Study, write_report
 from curvlab.runs.report.page import _paper
-from curvlab.runs.stats import Survives, Verdict
+from curvlab.runs.stats import Estimate, Survives, Verdict
 from curvlab.runs.store import RunStoreError
 
 
@@ -80,6 +81,16 @@ def test_words_in_the_papers_column_carry_no_unit():
     assert _paper("not tested", "points") == "not tested" and _paper("theory: < 1", "×") == "theory: < 1×"
     assert _paper("0", "points") == "0 points" and _paper(11.3, "×") == "11.3×" and _paper(None, "×") == "–"
     assert _paper("3.86 (32, 1024)", "×") == "3.86 (32, 1024)"
+    assert _paper("0.51× at σ = 0.05", "×") == "0.51× at σ = 0.05"
+
+
+def test_rows_are_linked_and_every_control_has_a_line(tmp_path, make_study):
+    study = make_study()
+    told = "one (1.0 [0.5, 1.5], n=3; asked: above 0); other (not measured; asked: above 0)"
+    claims = [dataclasses.replace(study.claims[0], control=told)]
+    text = write_report([dataclasses.replace(study, claims=claims, rows="ntk_width.parquet")], tmp_path).read_text()
+    assert '<a href="ntk_width.parquet">' in text
+    assert "<small>one (1.0 [0.5, 1.5], n=3; asked: above 0)</small><small>other (not measured" in text
 
 
 def test_page_shows_an_undecided_control(tmp_path, make_study):
@@ -112,6 +123,25 @@ def test_page_says_it_all(tmp_path, page, make_study, hostile):
     assert "Not the published data" not in text
     warned = write_report([make_study(published=False)], tmp_path / "b").read_text()
     assert warned.count("ot the published data") == 6  # the banner and every verdict
+
+
+def test_a_range_claims_no_level(tmp_path, make_study):
+    study = make_study()
+    measured = Estimate(-0.1, -0.1, 0.2, 9, "worst; range", level=math.nan)
+    claims = [dataclasses.replace(study.claims[0], measured=measured)]
+    text = write_report([dataclasses.replace(study, claims=claims)], tmp_path).read_text()
+    assert "<small>worst; range</small>" in text
+
+
+def test_only_verdicts_on_other_data_are_marked(tmp_path, make_study):
+    study = make_study(published=False)
+    claims = [dataclasses.replace(claim, dataset="mnist") for claim in study.claims[1:]]
+    claims.insert(0, dataclasses.replace(study.claims[0], dataset="cifar10"))
+    mixed = dataclasses.replace(study, claims=claims, unpublished=("cifar10",))
+    text = write_report([mixed, make_study("other", published=False)], tmp_path).read_text()
+    assert text.count("ot the published data") == 1 + 1 + 5  # one banner for both; one verdict here, all of the other
+    warning = Page(text).text
+    assert "the data that were used" in " ".join(warning.split())
 
 
 def test_hostile_texts_are_escaped(tmp_path, make_study, hostile):

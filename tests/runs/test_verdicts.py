@@ -55,6 +55,9 @@ def test_tolerance():
     partly = judge_tolerance(estimate(0.94, 0.80, 1.08), 0.9356, 0.05, relative=True)
     assert partly.verdict is Verdict.REPRODUCED and partly.interval_within is False and "±5 %" in partly.text
     assert judge_tolerance(estimate(0.94), 0.9356, 0.05, relative=True).interval_within is None
+    assert judge_tolerance(estimate(0.2, 0.1, 0.3), 0.0, 0.5, unit="points").text.startswith(
+        "within ±0.5 points, so is"
+    )
     assert judge_tolerance(estimate(-0.53), -0.5, 0.03).verdict is Verdict.REPRODUCED  # exactly on the edge
     assert judge_tolerance(estimate(-0.54), -0.5, 0.03, null_value=0.0).verdict is Verdict.DIRECTION_ONLY
     beyond = judge_tolerance(estimate(-0.54), -0.5, 0.03)

@@ -296,6 +296,8 @@ def test_interval_over_subsets() -> None:
     torch.testing.assert_close(found.mean - found.low, half, rtol=1e-3, atol=0)
     with pytest.raises(ValueError, match="operators must be at least 2 subsets, got 1"):
         eigenvalue_interval([operator(parts[0])])
+    with pytest.raises(TypeError, match="must be a list of the same matrix on several subsets of the data, got one"):
+        eigenvalue_interval(operator(parts[0]))  # type: ignore[arg-type]
 
 
 def test_power_iteration_is_the_protocol() -> None:

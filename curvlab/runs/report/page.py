@@ -48,11 +48,12 @@ class Claim:
     verdict: Verdict
     unit: str = ""  # behind the numbers: "%", "×"
     survives: Survives = Survives.NOT_TESTED
-    control: str = ""  # what the control is and what it showed
+    control: str = ""  # what the control is and what it showed; several: "name (what it showed); name (..)"
     cost_seconds: float | None = None
     command: str = ""  # what to type to get this number
     preset: str = ""  # the preset at which the verdict was reached; the study's where empty
     note: str = ""  # below the verdict: "within ±5 %, so is the whole interval"
+    dataset: str = ""  # its data, where a study has several: "mnist"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Study:
     figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
+    rows: str = ""  # address of the raw rows, from the page's folder: "ntk_width.parquet"
     data_source: str = ""
-    data_published: bool = True
+    data_published: bool = True  # all its data are the published ones
+    unpublished: Sequence[str] = ()  # where not: the data sets that are not; none named: no claim's are
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
@@ -125,7 +128,7 @@ def render_page(studies: Sequence[Study], *, title: str) -> str:
         figure=_figure_view,
         table=lambda table: Markup(table.to_html()),
         environment_rows=_environment_rows,
-        unpublished=[study for study in studies if not study.data_published],
+        unpublished=_unpublished(studies),
         style=Markup(text["style.css"]),
         script=Markup(text["script.js"]),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
@@ -134,10 +137,13 @@ def render_page(studies: Sequence[Study], *, title: str) -> str:
 
 
 def _paper(value: str | float | None, unit: str = "") -> str:
-    """The paper's number as it prints it: no zeros added, since digits claim precision; words carry no unit."""
+    """The paper's number as it prints it: no zeros added, since digits claim precision.
+
+    Words carry no unit, and what has one gets no second.
+    """
     if value is None:
         return MISSING
-    if isinstance(value, str) and not value[-1:].isdigit():
+    if isinstance(value, str) and (not value[-1:].isdigit() or (unit and unit in value)):
         return value or MISSING
     return _with_unit(value if isinstance(value, str) else f"{value:.10g}".replace("-", "−"), unit)
 
@@ -161,8 +167,10 @@ def _claim_view(study: Study, claim: Claim) -> dict[str, Any]:
         "interval": interval,
         "paper_sort": claim.paper if isinstance(claim.paper, (int, float)) else "",
         "badge": _badge(claim.verdict),
+        "controls": re.split(r"(?<=\)); ", claim.control) if claim.control else [],
         "survives": _badge(claim.survives),
         "preset": claim.preset or study.preset,
+        "data_published": _has_published_data(study, claim),
     }
 
 
@@ -170,6 +178,21 @@ def _badge(value: Verdict | Survives) -> dict[str, Any]:
     css, sign = _BADGES[value]
     order = list(type(value)).index(value)  # type: ignore[arg-type]
     return {"css": css, "sign": sign, "text": value.value, "order": order}
+
+
+def _has_published_data(study: Study, claim: Claim) -> bool:
+    """Whether a claim is about the published data: of a study's data sets only one may be other."""
+    known = bool(claim.dataset and study.unpublished)
+    return study.data_published or (known and claim.dataset not in study.unpublished)
+
+
+def _unpublished(studies: Sequence[Study]) -> list[tuple[str, list[Study]]]:
+    """What the data are -> the studies on them, for one warning and not one a study."""
+    found: dict[str, list[Study]] = {}
+    for study in studies:
+        if not study.data_published:
+            found.setdefault(study.data_source or "the data's source is not known", []).append(study)
+    return list(found.items())
 
 
 def _tally(studies: Sequence[Study]) -> list[tuple[dict[str, Any], int]]:
