@@ -103,11 +103,15 @@ def test_curvature_benchmark() -> None:
 
 def test_sparse_benchmark() -> None:
     faster = {s["case"]: f"{1 / s['share']:.2f}×" for s in shares(rows("sparse-1-thread.json"))}
-    for layer in ("64 → 64 @32²", "64 → 128 @16²", "128 → 256 @8²", "linear 4096 → 256"):
-        cells = [faster[f"{layer}, {zeros} % zeros, uniform"] for zeros in (80, 90, 95, 98)]
-        assert f"| {layer} | " + " | ".join(cells) + " |" in README
+    zeros = (80, 90, 95, 98)
+    for layer in ("64 → 64 @32²", "64 → 128 @16²", "128 → 256 @8²"):
+        for mask, shown in (("uniform", layer), ("pruned", f"{layer}, mask of a pruned network")):
+            cells = [faster[f"{layer}, {share} % zeros, {mask}"] for share in zeros]
+            assert f"| {shown} | " + " | ".join(cells) + " |" in README
+    cells = [faster[f"linear 4096 → 256, {share} % zeros, uniform"] for share in zeros]
+    assert "| linear 4096 → 256 | " + " | ".join(cells) + " |" in README
     lab = {row["case"]: f"{row['ratio']:.2f}×" for row in rows("sparse-1-thread.json") if row["peer"] == "sparselab"}
-    cells = [lab.get(f"linear 4096 → 256, {zeros} % zeros, uniform", "") for zeros in (80, 90, 95, 98)]
+    cells = [lab[f"linear 4096 → 256, {share} % zeros, uniform"] for share in zeros]
     assert "| the same, over sparselab | " + " | ".join(cells) + " |" in README
     for name, kind in (("layer-wise masks", "uniform"), ("one global threshold", "global")):
         step = "training step, CNN(32)+BN, batch 128"

@@ -30,7 +30,13 @@ def test_masked_convolutions_are_clean(capability: str) -> None:
     if order.index(capability) > order.index(ops.cpu_capability()):
         pytest.skip(f"this CPU lacks {capability}")
     name = capability.upper()
-    flags = (f"-DCURVLAB_CPU_CAPABILITY={name}", f"-DCURVLAB_CPU_CAPABILITY_{name}", "-Wno-psabi", *FLAGS[capability])
+    flags = (
+        f"-DCURVLAB_CPU_CAPABILITY={name}",
+        f"-DCURVLAB_CPU_CAPABILITY_{name}",
+        "-Wno-psabi",
+        *FLAGS[capability],
+        "-O1",
+    )
     program = build.host_executable(f"strips_{capability}", SOURCES, "address", flags=flags)
     environment = os.environ | build.SANITIZER_ENVIRONMENT
     done = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=250)
