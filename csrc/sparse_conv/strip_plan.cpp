@@ -218,7 +218,10 @@ bool plan_fits(const ConvWeight& weight, std::int64_t height, std::int64_t width
   const StripLayout x = source_of_forward(weight, out_width, target);
   const StripLayout grad = source_of_input(weight, ceil_div(width, weight.stride[1]), out_width, target);
   (void)height;
-  return x.row_pitch < kMost / x.reach_rows && grad.row_pitch < kMost / grad.reach_rows;
+  const auto fits = [&](const StripLayout& layout) {  // offsets count from channel 0, whatever the chunk
+    return std::max(layout.row_pitch, layout.channels * layout.channel_pitch) < kMost / layout.reach_rows;
+  };
+  return fits(x) && fits(grad);
 }
 
 CpuPlan make_plan(const ConvWeight& weight, std::int64_t height, std::int64_t width, const LaneGrid& grid,

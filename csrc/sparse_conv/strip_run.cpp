@@ -126,7 +126,10 @@ std::shared_ptr<const CpuPlan> find_plan(const char* op, const at::Tensor& indic
   const std::int64_t height = part.height(input_size[2]), width = part.width(input_size[3]);
   const LaneGrid& grid = part.grid;
   const PlanTarget target = target_of(type, folded);
-  if (!plan_fits(weight, height, width, indices.numel(), target)) return nullptr;
+  if (!plan_fits(weight, height, width, indices.numel(), target)) {
+    check_positions(op, indices.contiguous(), weight.elements());
+    return nullptr;
+  }
   const PlanKey key{weight.channels_out,
                     weight.channels_in_group,
                     weight.kernel[0],

@@ -93,6 +93,9 @@ def test_strips_that_32_bit_offsets_do_not_reach(dtype: torch.dtype) -> None:
     far = 2**26
     case = Case(n=3, c_in=4, c_out=6, height=2, width=1, kernel=(2, 1), stride=(1, far), padding=(1, far), groups=2)
     assert_right(case, dtype, "contiguous")
+    x, values, indices, _, _ = tensors(case, dtype)
+    with pytest.raises(ValueError, match="indices must be strictly increasing"):
+        sparse_conv.masked_conv2d(x, values, indices.flip(0), case.weight_shape, **case.options)
 
 
 @pytest.mark.parametrize("empty", ["batch", "channels_in", "channels_out"])
