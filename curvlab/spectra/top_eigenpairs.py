@@ -105,7 +105,8 @@ def top_eigenpairs(
             can then be missed.
         block_size: vectors multiplied at once; default 1, which costs the fewest products.
         max_products: products to spend at most (tests included); default max(300, 30 k).
-        max_basis: vectors kept at most, P elements each; default max(3 k, k + 40).
+        max_basis: vectors kept at most, P elements each; default max(3 k, k + 40). With lower precision, k more come
+            whenever the pairs are multiplied by A: once as a rule, up to four times.
         verify: spend one product on a random combination of the pairs found. What it shows beyond the recurrence
             is added to all residuals; where that decides, k products give each pair its own. False: residuals are
             those of the recurrence, which rounding of A does not enter.

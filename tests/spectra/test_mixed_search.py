@@ -169,3 +169,15 @@ def test_where_no_twin_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 5))
     assert HessianOperator(Problem(wide, nn.CrossEntropyLoss(), list(problem.batches()))).rounded() is None
     assert rounded.pays(HessianOperator(problem).engine)
+
+
+@pytest.mark.parametrize(("k", "max_basis"), [(8, 10), (8, 12), (20, None)])
+def test_small_bases_have_room_for_what_the_operator_appends(k: int, max_basis: int | None) -> None:
+    """Every time that A is asked, k candidates come to those of the times before."""
+    matrix = symmetric(hessian_like(1200))
+    A = Twinned(matrix, 2e-2)
+    found = top_eigenpairs(A, k, max_basis=max_basis, max_products=1500, generator=generator())
+    assert found.num_rounded > 0
+    residuals = true_residuals(matrix, found.values, found.vectors)
+    assert not found.converged or (residuals <= 1.05e-3 * found.values.abs()).all()
+    assert (residuals <= 2 * found.residuals + 1e-4).all()
