@@ -31,9 +31,13 @@ ROUNDS = 3
 """Times that the pairs are multiplied by A itself before lower precision is given up."""
 NOISE = 1e-2
 """Relative error of the products that is assumed until it is measured."""
-EARLY = 0.6
+EARLY = 0.8
 """Share of the tolerance that the rounded space's own residuals may have when A itself is asked: steps after that
-advance one of k + 1 chains each (with residuals of 1.7 tolerances a CNN took 13 to 19 steps more, with 0.6 five)."""
+advance one of k + 1 chains each (with residuals of 1.7 tolerances a CNN took 13 to 19 steps more, with 0.8 five, as
+with 0.6 one step later)."""
+KEPT = 2
+"""Ritz vectors kept then, a wanted pair: with 8 a CNN takes as many products as with 1, ResNet-20 one more with 1 than
+with 2; every one is a row in all later passes (4 for 2: 3 % of the CNN's time)."""
 MARGIN = 0.9
 """Share of the tolerance that the estimated residuals may take: the test at the end adds what is not known (1e-5)."""
 
@@ -58,8 +62,11 @@ class MixedSearch(Search):
         return self.num_products + self.num_rounded
 
     def open(self, rows: torch.Tensor, max_basis: int) -> None:
-        """Make the space around the first row, with room for what A itself appends."""
-        super().open(rows, max_basis, extra=self.k)
+        """Make the space around the first row, with room for what A itself appends, k candidates every round.
+
+        A candidate that is multiplied leaves another one: none of them goes. Memory is taken as they come.
+        """
+        super().open(rows, max_basis, extra=(ROUNDS + 1) * self.k + 1)
         self.space.noise = NOISE
 
     def _multiply(self, count: int) -> None:
@@ -123,7 +130,7 @@ class MixedSearch(Search):
         wanted = self._wanted()
         self.rounds += 1
         give_up = self.rounds > ROUNDS
-        rest = np.setdiff1d(self._wanted(min(len(self.values), 4 * self.k)), wanted)
+        rest = np.setdiff1d(self._wanted(min(len(self.values), KEPT * self.k, self.max_basis)), wanted)
         keep = wanted if give_up else np.concatenate([wanted, rest])
         space.restart(self.values[keep], self.columns[:, keep])
         error = space.renew(self.A.apply_rows(space.rows[: self.k]))

@@ -17,6 +17,7 @@ from curvlab.operators.engines.chunks import split
 from curvlab.operators.engines.fused import FusedEngine
 from curvlab.operators.engines.layer_rules.exact_conv import exact_conv2d
 from curvlab.operators.engines.layer_rules.first_conv import FirstConvStep
+from curvlab.operators.engines.layer_rules.skip_conv import SkipConvStep
 from curvlab.operators.engines.protocol import UnsupportedModel
 from curvlab.operators.engines.steps import Kept, Product, Run, Step
 from curvlab.operators.problem import Problem
@@ -183,3 +184,34 @@ def test_exact_convolution_is_the_librarys() -> None:
     signal = normal(*got.shape, seed=4)
     grads = [torch.autograd.grad(y, x, signal)[0] for y in (got, expected)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(("stride", "bias"), [((2, 2), True), ((1, 2), False), ((3, 2), True)])
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_strided_convolutions_of_one_position_skip_the_others(
+    stride: tuple[int, int], bias: bool, precision: str | None
+) -> None:
+    """As a shortcut beside another reader of the same map, with several directions and chunks, GGN and Hessian."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(5)
+            self.skip, self.wide = nn.Conv2d(6, 5, 1, stride, bias=bias), nn.Conv2d(6, 5, 3, stride, 1)
+            self.last = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.stem(x))
+            return self.last(torch.tanh(self.norm(self.skip(x)) + self.wide(x)).mean((2, 3)))
+
+    model = seeded(Two).to(torch.float64 if precision is None else torch.float32)
+    x = torch.randn(7, 2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    problem = Problem(model, nn.CrossEntropyLoss(), (x.to(next(model.parameters()).dtype), torch.arange(7) % 3))
+    engine = FusedEngine(problem, precision=precision)
+    assert sum(isinstance(step, SkipConvStep) for step in engine.steps) == 1
+    rows = torch.randn(3, problem.num_params, dtype=problem.dtype, generator=torch.Generator().manual_seed(1))
+    judge = AutogradEngine(problem.to(torch.float64))
+    for product in ("hessian", "ggn"):
+        expected = getattr(judge, product)(rows.double())
+        got = getattr(engine, product)(rows)
+        assert (got - expected).norm() <= (1e-10 if precision is None else 2e-2) * expected.norm()

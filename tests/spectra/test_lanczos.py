@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from curvlab.operators.base import DenseOperator
 from curvlab.spectra import lanczos
 from curvlab.spectra.lanczos import KrylovSpace
 from tests.spectra.known import DTYPES, generator, hessian_like, operator, symmetric
@@ -148,3 +149,32 @@ def test_panel_length_follows_the_loss() -> None:
         lengths.append(space._panel)
     assert lengths == [2, 4, 8, 8, 8, 8, 4, 2, 1, 1, 1]
     assert lanczos.MAX_PANEL == 8
+
+
+@pytest.mark.parametrize(("noise", "least", "most"), [(3e-3, 4, 8), (0.3, 1, 4)])
+def test_panels_of_noisy_products_follow_what_they_lose(noise: float, least: int, most: int) -> None:
+    """The bound of the loss is pessimistic where noise points anywhere; the relation holds whatever was lost."""
+    matrix = symmetric(hessian_like(600, top=3.0)).float()
+
+    class Noisy(DenseOperator):
+        def _apply(self, rows: Tensor) -> Tensor:
+            product = rows @ self.matrix.T
+            drawn = torch.randn(rows.shape, generator=generator(int(self.num_products)))
+            return product + noise * product.norm(dim=1, keepdim=True) * drawn / rows.shape[1] ** 0.5
+
+    space = KrylovSpace(40, 600, dtype=torch.float32, device=CPU)
+    space.add(torch.randn(1, 600, generator=generator()))
+    space.noise, panels, before = max(1e-2, noise), [], 1
+    A = Noisy(matrix, is_symmetric=True)
+    for _ in range(30):
+        space.multiply(A)
+        if space.is_clean:
+            panels.append(space.num_rows - before)
+            before = space.num_rows
+    assert least <= max(panels) <= most, panels
+    space.clean()
+    rows = space.rows[: space.num_rows].double()
+    assert (rows @ rows.T - torch.eye(len(rows))).abs().max() < 1e-5
+    relation = torch.from_numpy(space._relation[: space.num_rows, : space.num_multiplied])
+    off = rows[: space.num_multiplied] @ matrix.double() - relation.T @ rows
+    assert off.norm(dim=1).max() <= 3 * noise * 3.0

@@ -169,3 +169,29 @@ def test_where_no_twin_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 5))
     assert HessianOperator(Problem(wide, nn.CrossEntropyLoss(), list(problem.batches()))).rounded() is None
     assert rounded.pays(HessianOperator(problem).engine)
+
+
+@pytest.mark.parametrize(("k", "max_basis"), [(8, 10), (8, 12), (20, None)])
+def test_small_bases_have_room_for_what_the_operator_appends(k: int, max_basis: int | None) -> None:
+    """Every time that A is asked, k candidates come to those of the times before."""
+    matrix = symmetric(hessian_like(1200))
+    A = Twinned(matrix, 2e-2)
+    found = top_eigenpairs(A, k, max_basis=max_basis, max_products=1500, generator=generator())
+    assert found.num_rounded > 0
+    residuals = true_residuals(matrix, found.values, found.vectors)
+    assert not found.converged or (residuals <= 1.05e-3 * found.values.abs()).all()
+    assert (residuals <= 2 * found.residuals + 1e-4).all()
+
+
+@pytest.mark.parametrize("top", [105.0, 150.0])
+def test_a_warm_start_sees_what_overtakes_in_a_direction_that_it_does_not_hold(top: float) -> None:
+    """The old vectors are eigenvectors still: a search that believed them would end at once, with five wrong pairs."""
+    values = hessian_like(800)
+    before = top_eigenpairs(Twinned(symmetric(values), 3e-3), 5, generator=generator())
+    values[400] = top
+    matrix = symmetric(values)
+    after = top_eigenpairs(Twinned(matrix, 3e-3), 5, start=before, generator=generator())
+    assert after.converged and after.num_rounded > after.num_products
+    assert (true_residuals(matrix, after.values, after.vectors) <= 1.01e-3 * after.values.abs()).all()
+    expected = values.sort(descending=True)[0][:5]
+    assert ((after.values - expected).abs() <= after.error_bounds + 1e-4).all()

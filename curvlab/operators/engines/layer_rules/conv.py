@@ -260,16 +260,13 @@ def _add_conv(
         padding = tuple(t // 2 for t in total)
     if len(builder.program.slots[x].shape) != 3:
         raise builder.unsupported(node, "a convolution of inputs without a sample axis")
-    step = ConvStep(
-        builder.label(node),
-        (x,),
-        builder.new_slot(),
-        weight,
-        bias,
-        shape=tuple(builder.theta[weight].shape),
-        stride=as_pair(stride),
-        padding=as_pair(padding),
-        dilation=pair_dilation,
-        groups=groups,
-    )
-    builder.add(node, step)
+    pair_stride, pair_padding = as_pair(stride), as_pair(padding)
+    kinds = {"stride": pair_stride, "padding": pair_padding, "dilation": pair_dilation, "groups": groups}
+    make: Any = ConvStep
+    if tuple(kernel) == (1, 1) and groups == 1 and pair_padding == (0, 0) and max(pair_stride) > 1:
+        # It inherits from this module's step.
+        from curvlab.operators.engines.layer_rules.skip_conv import SkipConvStep
+
+        make, kinds = SkipConvStep, {"stride": pair_stride, "positions": builder.program.slots[x].shape[1:]}
+    shape = tuple(builder.theta[weight].shape)
+    builder.add(node, make(builder.label(node), (x,), builder.new_slot(), weight, bias, shape=shape, **kinds))
