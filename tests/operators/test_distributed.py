@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from curvlab.operators.covariance import GradientCovarianceOperator
@@ -20,6 +18,7 @@ from curvlab.operators.hessian import HessianOperator
 from curvlab.operators.jacobian import JacobianOperator
 from curvlab.operators.ntk_operator import NTKOperator
 from curvlab.operators.problem import Problem
+from tests.processes import in_two_processes
 
 OPERATORS = {
     "hessian": HessianOperator,
@@ -65,24 +64,13 @@ def products(problem: Problem) -> dict[str, Tensor]:
     return found
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(SHARES))
-    try:
-        torch.save(products(problem_of(rank, dist.group.WORLD)), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def work(rank: int, folder: str) -> None:
+    torch.save(products(problem_of(rank, dist.group.WORLD)), Path(folder) / f"{rank}.pt")
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no distributed")
 def test_two_processes_are_one(tmp_path: Path, one_thread: None) -> None:
-    mp.spawn(worker, (free_port(), str(tmp_path)), nprocs=len(SHARES))  # type: ignore[attr-defined]
+    in_two_processes(work, tmp_path)
     alone = products(problem_of(None))
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(SHARES))]
     for name, expected in alone.items():

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from curvlab.sharpness.ascent import sam_ascent, worst_case_sharpness
 from curvlab.sharpness.batches import batch_sharpness
 from curvlab.sharpness.perturbation import average_flatness
 from curvlab.sharpness.slices import loss_slice
+from tests.processes import in_two_processes
 from tests.sharpness.nets import draw, images, network
 
 
@@ -28,30 +28,23 @@ def measured(problem: Problem) -> list[float]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    x, y = images()
+    share = slice(0, 7) if rank == 0 else slice(7, 24)
+    group = torch.distributed.group.WORLD
+    problem = Problem(network(), nn.CrossEntropyLoss(), (x[share], y[share]), process_group=group)
+    batches = batch_sharpness(problem, 7, num_batches=2, generator=draw())
+    torch.manual_seed(rank)
+    values, refused = measured(problem), ""
     try:
-        x, y = images()
-        share = slice(0, 7) if rank == 0 else slice(7, 24)
-        group = torch.distributed.group.WORLD
-        problem = Problem(network(), nn.CrossEntropyLoss(), (x[share], y[share]), process_group=group)
-        batches = batch_sharpness(problem, 7, num_batches=2, generator=draw())
-        torch.manual_seed(rank)
-        values, refused = measured(problem), ""
-        try:
-            loss_slice(problem, 1, folder=folder)
-        except ValueError as error:
-            refused = str(error)
-        torch.save([values, batches.curvatures.tolist(), refused], f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+        loss_slice(problem, 1, folder=folder)
+    except ValueError as error:
+        refused = str(error)
+    torch.save([values, batches.curvatures.tolist(), refused], f"{folder}/{rank}.pt")
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    in_two_processes(work, tmp_path)
     (first, batches, refused), (second, others, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second and batches == others and len(batches) == 4
     alone = Problem(network(), nn.CrossEntropyLoss(), images())

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from curvlab.operators.ggn import GGNOperator
 from curvlab.operators.problem import Problem
 from curvlab.spectra import EigenpairTracker, diagonal, hutchinson_trace, slq_density, top_eigenpairs, xtrace
+from tests.processes import in_two_processes
 
 
 def ggn(rank: int | None, group: Any = None) -> GGNOperator:
@@ -59,22 +59,15 @@ def steps_measured(A: GGNOperator, tick: float) -> list[int]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=30)
-    )
-    try:
-        A = ggn(rank, torch.distributed.group.WORLD)
-        torch.manual_seed(rank)
-        values = measured(A)
-        torch.save([values, steps_measured(A, 0.2 if rank == 0 else 1e-6)], f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    A = ggn(rank, torch.distributed.group.WORLD)
+    torch.manual_seed(rank)
+    values = measured(A)
+    torch.save([values, steps_measured(A, 0.2 if rank == 0 else 1e-6)], f"{folder}/{rank}.pt")
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    in_two_processes(work, tmp_path)
     (first, steps), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second and steps == others
     assert 2 <= len(steps) < 12  # the budget of the first process' clock; the second's would allow all
