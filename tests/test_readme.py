@@ -113,6 +113,14 @@ def test_sparse_benchmark() -> None:
     lab = {row["case"]: f"{row['ratio']:.2f}×" for row in rows("sparse-1-thread.json") if row["peer"] == "sparselab"}
     cells = [lab[f"linear 4096 → 256, {share} % zeros, uniform"] for share in zeros]
     assert "| the same, over sparselab | " + " | ".join(cells) + " |" in README
+    sweep = [s["share"] for s in shares(rows("sparse-1-thread.json")) if s["case"].startswith("auto, 4096")]
+    assert f"take {min(sweep):.1f} to {max(sweep):.1f} times a dense layer's time" in README
+    two = shares(rows("sparse-2-threads.json"))
+    linear = [1 / s["share"] for s in two if s["case"].startswith("linear")]
+    assert f"{min(linear):.1f}× to\n{max(linear):.1f}×" in README
+    for share in two:
+        if not share["case"].startswith("linear"):  # "keep these ratios"
+            assert abs(share["share"] * float(faster[share["case"]][:-1]) - 1) < 0.1
     for name, kind in (("layer-wise masks", "uniform"), ("one global threshold", "global")):
         step = "training step, CNN(32)+BN, batch 128"
         cells = [faster[f"{step}, {kind} masks, {kept} % kept"] for kept in (10, 5)]

@@ -66,7 +66,7 @@ struct LaneSources {
   std::int64_t channel_stride[kRowsAtOnce][kWidth];
   // Four lanes beside each other lie alike in all of their quarters of the grid: base[r][4 q] + step[k] is lane 4 q +
   // k, where the row is `regular`. Seven registers hold that, sixteen pointers they do not.
-  std::int64_t step[4];
+  std::int64_t step[4] = {};
   bool regular[kRowsAtOnce];
 
   LaneSources() { memset(zeros, 0, sizeof zeros); }

@@ -178,7 +178,7 @@ static void correlate_channels(const StripPass& pass, const Blocks& blocks, cons
   const auto correlate = TileTables<scalar_t>::correlate[tile.rows - 1][tile.columns - 1];
   const scalar_t* values = static_cast<const scalar_t*>(pass.values);
   const scalar_t* bias = static_cast<const scalar_t*>(pass.bias);
-  // results whose channels lie side by side are written by as many as a register holds, or when all are there
+  // results whose channels lie side by side are written by groups of them, or when all are there
   const bool side_by_side = pass.dest.channel_stride == 1 && pass.dest.column_stride != 1 && task.images == kWidth;
   const bool by_dest = side_by_side && list.by_dest;
   const std::int64_t acc_pitch = list.blocks == 1 && !side_by_side ? 0 : tile.rows * tile.columns * kWidth;
